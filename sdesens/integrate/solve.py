@@ -1,0 +1,179 @@
+"""`sdeint`: the readable, differentiable face of the integrator.
+
+Euler-Maruyama on a fixed grid, with noise that is an argument. Fix the noise and the result is an ordinary function of
+the parameters, the initial state and the last time: autograd and torch.func differentiate it like any other.
+"""
+
+from collections.abc import Callable
+from secrets import randbits
+
+import torch
+from torch import Tensor
+
+from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, NonFiniteError, ShapeError
+from sdesens.integrate.checks import check_finite_params, check_sde, check_shapes
+from sdesens.integrate.chunk import chunk_length, normals, plan, sweep
+from sdesens.noise import GivenNoise, Noise, Philox
+from sdesens.problem import check_state, check_times, grid_positions
+from sdesens.sde import SDE, Params, as_sde, concrete, require_ito
+
+METHODS = ("euler",)
+
+
+def sdeint(
+    sde,
+    y0: Tensor,
+    ts,
+    *,
+    bm: Noise | Tensor | Callable | None = None,
+    method: str = "euler",
+    dt: float | None = None,
+    n_steps: int | None = None,
+    seed: int | None = None,
+    check: bool = True,
+) -> Tensor:
+    """Solve an SDE on a fixed grid; differentiable in `sde.params`, `y0` and the last time.
+
+    Parameters
+    ----------
+    sde : SDE, or a torchsde-style object
+    y0 : Tensor, shape (B, *event)
+        Initial states, one row a path. Its dtype is the dtype of the computation.
+    ts : sequence of T >= 2 increasing times, or Tensor of shape (T,)
+        Output times. Each must lie on the grid. A tensor that requires grad is differentiated in its last entry, the
+        horizon, every time keeping its step number.
+    bm : Noise, Tensor or callable, optional
+        The Brownian motion: a source such as `Philox(seed)`; a tensor of increments dW, shape (n_steps, B, m); or a
+        torchsde-style `bm(ta, tb)` that returns the increment (B, m).
+    method : {"euler"}
+    dt, n_steps : float, int
+        The step, or the number of steps from ts[0] to ts[-1]; give one. There is no default.
+    seed : int, optional
+        Seed of the Philox noise when `bm` is None. Left out, a fresh one is taken from the operating system, as numpy's
+        `default_rng()` does: torch's global generator is neither read nor advanced.
+    check : bool
+        Probe the coefficients and look for non-finite paths (one host synchronisation). Turn it off inside a training
+        loop once it has passed.
+
+    Returns
+    -------
+    Tensor, shape (T, B, *event)
+        The states at `ts`; the first is y0.
+
+    Raises
+    ------
+    ArgumentError and its kin (shapes, grid, calculus, noise structure), NonFiniteError
+
+    Example
+    -------
+    >>> mu = torch.tensor(0.1, requires_grad=True)
+    >>> gbm = SDE(lambda t, y, p: p["mu"] * y, lambda t, y, p: 0.2 * y, {"mu": mu})
+    >>> ys = sdeint(gbm, torch.ones(1000, 1), (0.0, 1.0), n_steps=50, seed=1)
+    >>> ys.shape
+    torch.Size([2, 1000, 1])
+    >>> (grad,) = torch.autograd.grad(ys[-1].mean(), mu)
+    """
+    sde = sde if isinstance(sde, SDE) else as_sde(sde)
+    if method not in METHODS:
+        raise ArgumentError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
+    require_ito(sde, "method='euler'")
+    check_state("y0", y0)
+    if y0.dim() < 2:
+        raise ShapeError(f"`y0` must have shape (B, *event), one row a path, got {tuple(y0.shape)}: use y0.expand(B, -1).")
+    times = check_times(ts)
+    n_steps = resolve_steps(times, dt, n_steps)
+    outputs = grid_positions(times, n_steps)
+    t1 = ts[-1] if isinstance(ts, Tensor) else times[-1]
+    step = (t1.to(torch.float64) - float(times[0])) / n_steps
+    p, t0 = sde.params, float(times[0])
+    with torch.no_grad():
+        noise_dim = check_shapes(sde, p, torch.tensor(t0, dtype=y0.dtype, device=y0.device), y0.detach())
+    if check:
+        check_finite_params(p)
+        if all(map(concrete, (y0, step, *p.values()))):
+            check_sde(sde, p, t0, step, y0[0], noise_dim, 0)
+    noise = as_noise(bm, seed, times, n_steps)
+    ys = solve(sde, p, t0, step, outputs, y0, noise, 0, noise_dim)
+    if check and concrete(ys):
+        check_finite_paths(ys, sde, p, t0, step, outputs, y0, noise, 0, noise_dim)
+    return ys
+
+
+def solve(
+    sde: SDE, p: Params, t0: float, dt: Tensor, outputs: tuple[int, ...], y0: Tensor, noise: Noise, first: int, noise_dim: int
+) -> Tensor:
+    """States at the grid indices `outputs`, shape (T, B, *event), of paths `first ...` from y0 (B, *event); no checks."""
+    ys: list[Tensor] = [y0] * len(outputs)
+    for chunk, states in sweep(sde, p, t0, dt, plan(outputs, chunk_length(noise_dim)), y0, noise, first, noise_dim):
+        for mark, output in chunk.outputs:
+            ys[output] = states[mark]
+    return torch.stack(ys)
+
+
+def resolve_steps(times: Tensor, dt: float | None, n_steps: int | None) -> int:
+    """The number of steps from either of the two ways to give it."""
+    if (dt is None) == (n_steps is None):
+        raise ArgumentTypeError("give one of `dt` and `n_steps`: the step is part of the question, it has no default.")
+    if n_steps is not None:
+        return n_steps
+    span = float(times[-1] - times[0])
+    if not dt > 0 or not span / dt < 2**53:
+        raise GridError(f"`dt` must be a positive number, got {dt!r}.")
+    count = round(span / dt)
+    if count < 1 or abs(span / dt - count) > 1e-6 * max(1.0, count):
+        raise GridError(
+            f"`dt` = {dt!r} does not divide the span {span!r} of `ts` ({span / dt:.6g} steps): choose dt = span / n, or give "
+            "`n_steps`."
+        )
+    return count
+
+
+def as_noise(bm, seed: int | None, times: Tensor, n_steps: int) -> Noise:
+    """A source of noise from what the caller passed as `bm` and `seed`."""
+    if bm is None:
+        return Philox(randbits(63) if seed is None else seed)
+    if seed is not None:
+        raise ArgumentError("give `bm` or `seed`, not both: the noise is either one.")
+    if isinstance(bm, Noise):
+        return bm
+    t0, dt = float(times[0]), float(times[-1] - times[0]) / n_steps
+    if isinstance(bm, Tensor):
+        if bm.dim() != 3 or bm.shape[0] != n_steps:
+            raise ShapeError(f"`bm` must hold increments of shape ({n_steps}, B, m), got {tuple(bm.shape)}.")
+        return GivenNoise.from_increments(bm, dt)
+    if callable(bm):
+        return GivenNoise.from_increments(torch.stack([bm(t0 + n * dt, t0 + (n + 1) * dt) for n in range(n_steps)]), dt)
+    raise ArgumentTypeError(f"`bm` must be a noise source, a tensor of increments or bm(ta, tb), got {type(bm).__name__}.")
+
+
+def check_finite_paths(
+    ys: Tensor, sde: SDE, p: Params, t0: float, dt: Tensor, outputs, y0: Tensor, noise: Noise, first: int, noise_dim: int
+) -> None:
+    """Raise NonFiniteError, with path, step and time, if a state in ys (T, B, *event) is NaN or infinite."""
+    bad = ~torch.isfinite(ys.detach()).flatten(2).all(2).all(0)  # (B,)
+    if not bool(bad.any()):
+        return
+    with torch.no_grad():
+        where = bad.nonzero().flatten()
+        everywhere = tuple(range(outputs[-1] + 1))
+        step, culprit = outputs[-1], int(where[0])
+        y = y0.detach()
+        for chunk, states in sweep(sde, p, t0, dt.detach(), plan(everywhere, chunk_length(noise_dim)), y, noise, first, noise_dim):
+            broken = ~torch.isfinite(torch.stack(states)).flatten(2).all(2)  # (steps, B)
+            if bool(broken.any()):
+                k = int(broken.any(1).nonzero()[0])
+                step, culprit = chunk.start + k + 1, int(broken[k].nonzero()[0])
+                break
+    time = t0 + step * float(dt)
+    raise NonFiniteError(
+        f"{int(bad.sum())} of {bad.numel()} paths became NaN or infinite; first path {first + culprit} in step {step} of "
+        f"{outputs[-1]} (t = {time:.6g}). The step may be too long for these coefficients (raise `n_steps`), or a "
+        "coefficient was evaluated outside its domain (a square root of a negative state).",
+        paths=tuple(first + int(i) for i in where[:8]),
+        n_bad=int(bad.sum()),
+        step=step,
+        time=time,
+    )
+
+
+__all__ = ["sdeint", "solve", "normals"]

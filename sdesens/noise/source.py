@@ -1,0 +1,252 @@
+"""Where the noise of a path comes from: a few sources behind one small protocol.
+
+A source answers one question: the standard normals Z of these paths at these steps,
+
+    dW_n^j(path) = sqrt(dt) Z(path, step n, component j).                                       (1)
+
+The answer is a function of its arguments alone. Nothing is drawn "next", so the same numbers come back whatever
+the order, the batch, the thread or the direction of time, and a run can be replayed backwards for nothing.
+
+Normals are the Box-Muller transform of Philox words (s1, s2), read as signed 32-bit integers:
+
+    u = (s1 + 1/2) / 2^32 mod 1,   a = 2 pi (s2 + 1/2) / 2^32,   (Z, Z') = sqrt(-2 log u) (cos a, sin a).   (2)
+
+u is folded to the nearer of 0 and 1 before the logarithm, so float32 sees the same normal as float64 to rounding;
+the plain formula would lose the digits of u near 1. The largest |Z| is 6.7.
+
+Reference: G. Box, M. Muller, Ann. Math. Statist. 29 (1958) 610. This file knows nothing of SDEs.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
+from sdesens.noise.philox import MASK, philox4x32
+
+
+@runtime_checkable
+class Noise(Protocol):
+    """What a method needs from a source of noise. It never asks which one it has.
+
+    Attributes
+    ----------
+    unit : int
+        How many neighbouring paths form one independent unit: 1, or 2 for antithetic pairs.
+    """
+
+    unit: int
+
+    def normals(
+        self, first: int, count: int, step: int, n_steps: int, dim: int, *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Normals of paths `first ... first+count-1` at steps `step ... step+n_steps-1`, shape (n_steps, count, dim)."""
+        ...
+
+    def weights(self, first: int, count: int, *, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Probability weights of those paths, shape (count,), or None where every path counts alike."""
+        ...
+
+
+def box_muller(words: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Standard normals from an even number of int32 words, pair by pair, equation (2)."""
+    normals: list[Tensor] = []
+    for s1, s2 in zip(words[::2], words[1::2], strict=True):
+        upper = s1 < 0  # u in (1/2, 1): hold w = 1 - u instead
+        w = (torch.where(upper, ~s1, s1).to(dtype) + 0.5) * 2.0**-32
+        radius = torch.sqrt(-2.0 * torch.where(upper, torch.log1p(-w), torch.log(w)))
+        angle = (s2.to(dtype) + 0.5) * (2.0**-32 * 2.0 * math.pi)
+        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return tuple(normals)
+
+
+@dataclass(frozen=True)
+class Philox:
+    """Counter-based standard normals: a pure function of (seed, stream, path, step, component).
+
+    Flat index j = step * dim + component; Philox counter (path low, path high, j // 4, stream); key = the seed.
+    The four words of one call give the normals j = 4q ... 4q + 3, so none is thrown away.
+
+    Parameters
+    ----------
+    seed : int
+        Any 64-bit integer, signed or unsigned.
+    stream : int
+        0 ... 2^32 - 1: an independent set of normals for the same seed.
+
+    Example
+    -------
+    >>> z = Philox(seed=1).normals(0, 3, 0, 4, 1, dtype=torch.float64, device=torch.device("cpu"))
+    >>> z.shape                                     # (steps, paths, components)
+    torch.Size([4, 3, 1])
+    """
+
+    seed: int
+    stream: int = 0
+    unit: int = 1
+
+    def __post_init__(self):
+        for name, low, high in (("seed", -(2**63), 2**64), ("stream", 0, 2**32)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ArgumentTypeError(f"`{name}` must be an int, got {value!r} ({type(value).__name__}).")
+            if not low <= value < high:
+                raise ArgumentError(f"`{name}` must lie in [{low}, {high}), got {value}.")
+        if self.unit != 1:
+            raise ArgumentError(f"`unit` of Philox is 1, got {self.unit}; wrap it in Antithetic for pairs.")
+
+    def normals(self, first, count, step, n_steps, dim, *, dtype, device):
+        if first < 0 or first + count > 2**63:
+            raise ArgumentError(f"paths {first} ... {first + count - 1} lie outside 0 ... 2^63 - 1.")
+        begin, end = step * dim, (step + n_steps) * dim  # flat indices j
+        if step < 0 or end > 2**34:
+            raise ArgumentError(
+                f"steps x noise dimension = {end} exceeds 2^34 normals a path: use fewer steps, or another `stream`."
+            )
+        quads = torch.arange(begin // 4, -(-end // 4), dtype=torch.int64, device=device)[:, None]
+        paths = first + torch.arange(count, dtype=torch.int64, device=device)
+        stream = torch.full((), self.stream, dtype=torch.int64, device=device)
+        words = philox4x32((paths, paths >> 32, quads, stream), (self.seed & MASK, (self.seed >> 32) & MASK))
+        wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+        z = torch.stack(box_muller(words, wide), dim=1).flatten(0, 1)  # (4 quads, count)
+        z = z[begin % 4 : begin % 4 + end - begin].to(dtype)
+        return z.view(n_steps, dim, count).transpose(1, 2).contiguous()
+
+    def weights(self, first, count, *, dtype, device):
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class GivenNoise:
+    """Noise that the caller brings: a tensor of standard normals, with optional path weights.
+
+    Parameters
+    ----------
+    z : Tensor, shape (N, B, m)
+        Standard normals of N steps, B paths, m components; for increments dW divide by sqrt(dt), or use
+        `GivenNoise.from_increments`.
+    path_weights : Tensor, shape (B,), optional
+        Probabilities that sum to 1: nodes of a quadrature. A weighted sum has no sampling error, so estimates made with
+        weights carry NaN as standard error.
+
+    Raises
+    ------
+    ShapeError, ArgumentError
+        If the shapes disagree, the weights do not sum to 1, or more paths or steps are asked for than were given.
+    """
+
+    z: Tensor
+    path_weights: Tensor | None = None
+    unit: int = 1
+
+    def __post_init__(self):
+        if not isinstance(self.z, Tensor) or self.z.dim() != 3 or not self.z.is_floating_point():
+            raise ShapeError("`z` must be a floating tensor of shape (steps, paths, noise_dim), got " + _describe(self.z))
+        if not bool(torch.isfinite(self.z).all()):
+            raise ArgumentError("`z` holds NaN or infinite values; every normal must be finite.")
+        if self.path_weights is None:
+            return
+        if self.path_weights.shape != self.z.shape[1:2]:
+            raise ShapeError(
+                f"`path_weights` must have shape ({self.z.shape[1]},), one per path, got {tuple(self.path_weights.shape)}."
+            )
+        total = float(self.path_weights.double().sum())
+        if not abs(total - 1.0) < 1e-6:
+            raise ArgumentError(f"`path_weights` must sum to 1, they sum to {total!r}: divide by their sum.")
+
+    @classmethod
+    def from_increments(cls, dW: Tensor, dt: float, path_weights: Tensor | None = None) -> "GivenNoise":
+        """Noise from Brownian increments `dW` (N, B, m) over steps of length `dt`."""
+        if not dt > 0:
+            raise ArgumentError(f"`dt` must be positive, got {dt}.")
+        return cls(dW / math.sqrt(dt), path_weights)
+
+    def normals(self, first, count, step, n_steps, dim, *, dtype, device):
+        steps, paths, width = self.z.shape
+        if width != dim:
+            raise ShapeError(f"the given noise has {width} components, the SDE needs noise_dim = {dim}.")
+        if first + count > paths or step + n_steps > steps:
+            raise ArgumentError(
+                f"the given noise holds {paths} paths x {steps} steps, but path {first + count - 1} at step "
+                f"{step + n_steps - 1} is needed: ask for n_paths <= {paths}, or give more noise."
+            )
+        return self.z[step : step + n_steps, first : first + count].to(dtype=dtype, device=device)
+
+    def weights(self, first, count, *, dtype, device):
+        return None if self.path_weights is None else self.path_weights[first : first + count].to(device, dtype)
+
+
+@dataclass(frozen=True)
+class Antithetic:
+    """Pairs of mirrored paths: path 2i has the normals of the source's path i, path 2i + 1 their negatives.
+
+    A pair is one independent unit (`unit = 2`), and standard errors are computed from pairs.
+    """
+
+    source: Noise
+    unit: int = 2
+
+    def __post_init__(self):
+        if self.source.unit != 1 or self.unit != 2:
+            raise ArgumentError("Antithetic pairs the paths of a source whose `unit` is 1.")
+        if self.source.weights(0, 1, dtype=torch.float64, device=torch.device("cpu")) is not None:
+            raise ArgumentError("Antithetic cannot mirror weighted paths: their weights belong to their own nodes.")
+
+    def normals(self, first, count, step, n_steps, dim, *, dtype, device):
+        begin, end = first // 2, -(-(first + count) // 2)
+        z = self.source.normals(begin, end - begin, step, n_steps, dim, dtype=dtype, device=device)
+        pairs = torch.stack((z, -z), dim=2).flatten(1, 2)
+        return pairs[:, first - 2 * begin : first - 2 * begin + count]
+
+    def weights(self, first, count, *, dtype, device):
+        return None
+
+
+def coarsen(z: Tensor, factor: int) -> Tensor:
+    """Normals of a grid `factor` times coarser, on the same Brownian path.
+
+        Z_coarse[n] = (Z[n f] + ... + Z[n f + f - 1]) / sqrt(f),  so that  dW_coarse = the sum of the fine dW.
+
+    Parameters
+    ----------
+    z : Tensor, shape (N, ...)
+        Normals of the fine grid; N must be a multiple of `factor`.
+
+    Returns
+    -------
+    Tensor, shape (N / factor, ...)
+
+    Example
+    -------
+    >>> coarsen(torch.tensor([1.0, 1.0, 2.0, 0.0]), 2) * 2**0.5
+    tensor([2., 2.])
+    """
+    if factor < 1 or z.shape[0] % factor:
+        raise ArgumentError(f"`factor` must divide the {z.shape[0]} steps, got {factor}.")
+    return z.unflatten(0, (-1, factor)).sum(1) / math.sqrt(factor)
+
+
+@dataclass(frozen=True)
+class Coarsened:
+    """The source's Brownian path seen on a grid `factor` times coarser than the source's own."""
+
+    source: Noise
+    factor: int
+
+    @property
+    def unit(self) -> int:
+        return self.source.unit
+
+    def normals(self, first, count, step, n_steps, dim, *, dtype, device):
+        f = self.factor
+        return coarsen(self.source.normals(first, count, step * f, n_steps * f, dim, dtype=dtype, device=device), f)
+
+    def weights(self, first, count, *, dtype, device):
+        return self.source.weights(first, count, dtype=dtype, device=device)
+
+
+def _describe(x) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

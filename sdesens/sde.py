@@ -1,0 +1,350 @@
+"""What is solved: one stochastic differential equation.
+
+    dX = b(t, X; p) dt + sum_j s_j(t, X; p) dW^j            (Ito),                               (1)
+    dX = b(t, X; p) dt + sum_j s_j(t, X; p) o dW^j          (Stratonovich).                      (2)
+
+The interpretation belongs to the equation, not to a solver. (2) equals (1) with the drift
+
+    b + 1/2 sum_j (ds_j/dx) s_j                                                                  (3)
+
+(Kloeden & Platen, Numerical Solution of Stochastic Differential Equations, 1992, section 4.9). This file states
+equations and rewrites them; it solves none.
+
+Shapes: y is (B, *event), paths first. What `diffusion` returns depends on `noise_type`:
+
+    diagonal   (B, *event)             component i is driven by W^i alone and s_ii depends on y_i alone
+    scalar     (B, d, 1)               one Brownian motion for all components
+    additive   (B, d, m) or (d, m)     does not depend on y
+    general    (B, d, m)               anything
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vjp, vmap
+
+from sdesens.errors import ArgumentError, ArgumentTypeError, CalculusError, DtypeError, ShapeError, UnknownParameterError
+
+Params = Mapping[str, Tensor]
+Coefficient = Callable[[Tensor, Tensor, Params], Tensor]
+
+NOISE_TYPES = ("diagonal", "scalar", "additive", "general")
+SDE_TYPES = ("ito", "stratonovich")
+RESERVED = ("y0", "t1")
+
+
+@dataclass(frozen=True, eq=False)
+class SDE:
+    """An SDE, equation (1) or (2), with named parameters.
+
+    Parameters
+    ----------
+    drift : callable (t, y, p) -> (B, *event)
+        t is a 0-dim tensor, y is (B, *event), p the dict of parameters. Row i of the result depends on row i of y alone.
+    diffusion : callable (t, y, p) -> Tensor
+        Shapes in the module docstring. Its unit is that of y per square root of time: a volatility, not a variance.
+    params : mapping of str to Tensor
+        Floating tensors of any shape. The names "y0" and "t1" are taken: they mean the initial state and the horizon.
+    noise_type : {"diagonal", "scalar", "additive", "general"}
+    sde_type : {"ito", "stratonovich"}
+    noise_dim : int, optional
+        Number of Brownian motions m. Read off the diffusion where it is left out.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError, DtypeError
+
+    Example
+    -------
+    >>> gbm = SDE(
+    ...     drift=lambda t, y, p: p["mu"] * y,
+    ...     diffusion=lambda t, y, p: p["sigma"] * y,
+    ...     params={"mu": torch.tensor(0.05), "sigma": torch.tensor(0.2)},
+    ... )
+    >>> gbm.noise_type
+    'diagonal'
+    """
+
+    drift: Coefficient
+    diffusion: Coefficient
+    params: Params = field(default_factory=dict)
+    noise_type: str = "diagonal"
+    sde_type: str = "ito"
+    noise_dim: int | None = None
+
+    def __post_init__(self):
+        for name in ("drift", "diffusion"):
+            if not callable(getattr(self, name)):
+                raise ArgumentTypeError(f"`{name}` must be a function of (t, y, p), got {getattr(self, name)!r}.")
+        _check_choice("noise_type", self.noise_type, NOISE_TYPES)
+        _check_choice("sde_type", self.sde_type, SDE_TYPES)
+        if self.noise_dim is not None and (not isinstance(self.noise_dim, int) or self.noise_dim < 1):
+            raise ArgumentError(f"`noise_dim` must be a positive int, got {self.noise_dim!r}.")
+        if not isinstance(self.params, Mapping):
+            raise ArgumentTypeError(f"`params` must map names to tensors, got {type(self.params).__name__}.")
+        for name, value in self.params.items():
+            check_parameter(name, value)
+        object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
+
+    def __reduce__(self):  # a mapping proxy does not pickle
+        return SDE, (self.drift, self.diffusion, dict(self.params), self.noise_type, self.sde_type, self.noise_dim)
+
+    def with_params(self, **params: Tensor) -> "SDE":
+        """The same equation at other parameter values; unknown names raise."""
+        for name, value in params.items():
+            if name not in self.params:
+                raise UnknownParameterError(f"`{name}` is not a parameter of this SDE; it has {_names(self.params)}.")
+            if value.shape != self.params[name].shape:
+                raise ShapeError(
+                    f"parameter `{name}` has shape {tuple(self.params[name].shape)}, got {tuple(value.shape)}."
+                )
+        return replace(self, params={**self.params, **params})
+
+
+def noise_product(sde: SDE, g: Tensor, dW: Tensor) -> Tensor:
+    """sum_j s_j dW^j from a diffusion g (shapes in the module docstring) and increments dW (B, m): (B, *event)."""
+    if sde.noise_type == "diagonal":
+        return g * dW.reshape(g.shape)
+    if g.dim() == 2:  # additive noise with one matrix for every path
+        return dW @ g.mT
+    return (g @ dW.unsqueeze(-1)).squeeze(-1) if g.shape[-1] > 1 else g.squeeze(-1) * dW
+
+
+def as_sde(module) -> SDE:
+    """A torchsde-style object, unchanged, as an `SDE`.
+
+    Parameters
+    ----------
+    module : object with `f(t, y)`, `g(t, y)` (or `f_and_g(t, y)`), `noise_type` and `sde_type`
+        For an `nn.Module` the parameters are `dict(module.named_parameters())`; other objects have none, so only the
+        initial state and the horizon of their solutions can be differentiated.
+
+    Example
+    -------
+    >>> class OU(nn.Module):
+    ...     noise_type, sde_type = "diagonal", "ito"
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.rate = nn.Parameter(torch.tensor(1.0))
+    ...     def f(self, t, y):
+    ...         return -self.rate * y
+    ...     def g(self, t, y):
+    ...         return torch.ones_like(y)
+    >>> list(as_sde(OU()).params)
+    ['rate']
+    """
+    separate = callable(getattr(module, "f", None)) and callable(getattr(module, "g", None))
+    if not separate and not callable(getattr(module, "f_and_g", None)):
+        raise ArgumentTypeError(
+            f"`module` ({type(module).__name__}) needs methods f(t, y) and g(t, y), or f_and_g(t, y); for a pair of "
+            "functions of (t, y, p) use SDE(drift, diffusion, params)."
+        )
+    for name in ("noise_type", "sde_type"):
+        if not hasattr(module, name):
+            raise ArgumentTypeError(f"`module` ({type(module).__name__}) needs an attribute `{name}`.")
+    params = dict(module.named_parameters()) if isinstance(module, nn.Module) else {}
+    if separate:
+        drift, diffusion = _Method(module, params, "f"), _Method(module, params, "g")
+    else:
+        drift, diffusion = _Method(module, params, "f_and_g", 0), _Method(module, params, "f_and_g", 1)
+    return SDE(drift, diffusion, params, noise_type=module.noise_type, sde_type=module.sde_type)
+
+
+class _Method:
+    """A method of a torchsde-style object as a function of (t, y, p)."""
+
+    def __init__(self, module, params: Params, method: str, part: int | None = None):
+        self.module, self.params, self.method, self.part = module, params, method, part
+
+    def __call__(self, t, y, p):
+        if all(p[name] is value for name, value in self.params.items()):  # the module's own: nothing to swap
+            out = getattr(self.module, self.method)(t, y)
+        else:
+            swapped = {f"module.{name}": p[name] for name in self.params}
+            out = functional_call(_Dispatch(self.module), swapped, (self.method, t, y))
+        return out if self.part is None else out[self.part]
+
+
+class _Dispatch(nn.Module):
+    """`functional_call` reaches `forward` only; this hands the call on to another method."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, method, t, y):
+        return getattr(self.module, method)(t, y)
+
+
+def ito_correction(sde: SDE, t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """sum_j (ds_j/dx) s_j at (t, y), the bracket of equation (3) without its 1/2; shape (B, *event)."""
+    if sde.noise_type == "additive":
+        return torch.zeros_like(y)
+    g = sde.diffusion(t, y, p)
+    return diffusion_derivative(sde, t, y, p, g)
+
+
+def diffusion_derivative(sde: SDE, t: Tensor, y: Tensor, p: Params, v: Tensor) -> Tensor:
+    """sum_j (ds_j/dx) v_j for directions v shaped like the diffusion; shape (B, *event)."""
+
+    def g(x: Tensor) -> Tensor:
+        return sde.diffusion(t, x, p)
+
+    if sde.noise_type == "diagonal":  # the Jacobian is symmetric, and reverse mode is the cheaper way through it
+        return vjp(g, y)[1](v)[0]
+
+    def column(j: Tensor, v_j: Tensor) -> Tensor:
+        return jvp(g, (y,), (v_j,))[1].index_select(-1, j[None]).squeeze(-1)
+
+    columns = torch.arange(v.shape[-1], device=v.device)
+    return vmap(column, in_dims=(0, -1))(columns, v).sum(0)
+
+
+def to_ito(sde: SDE) -> SDE:
+    """The Ito equation with the same solutions: drift plus 1/2 sum_j (ds_j/dx) s_j, equation (3).
+
+    The diffusion must be differentiable; its derivative is taken by torch.func at each evaluation. Where it has a kink
+    (ReLU, abs) the correction jumps, and so does the drift.
+    """
+    return sde if sde.sde_type == "ito" else replace(sde, drift=_Corrected(sde, 0.5), sde_type="ito")
+
+
+def to_stratonovich(sde: SDE) -> SDE:
+    """The Stratonovich equation with the same solutions: drift minus 1/2 sum_j (ds_j/dx) s_j, equation (3)."""
+    return sde if sde.sde_type == "stratonovich" else replace(sde, drift=_Corrected(sde, -0.5), sde_type="stratonovich")
+
+
+@dataclass(frozen=True)
+class _Corrected:
+    sde: SDE
+    factor: float
+
+    def __call__(self, t, y, p):
+        return self.sde.drift(t, y, p) + self.factor * ito_correction(self.sde, t, y, p)
+
+
+def require_ito(sde: SDE, where: str) -> None:
+    """Raise CalculusError unless `sde` is an Ito equation."""
+    if sde.sde_type != "ito":
+        raise CalculusError(
+            f"{where} solves Ito equations, but this SDE declares sde_type='stratonovich'. Its Ito drift is "
+            "b + 1/2 sum_j (ds_j/dx) s_j: pass to_ito(sde), which adds the correction, or declare sde_type='ito' if the "
+            "drift has it already."
+        )
+
+
+def with_running_integral(sde: SDE, integrand: Coefficient) -> SDE:
+    """Append I_t = int_0^t integrand(s, y_s, p) ds to the state as its last component.
+
+    Parameters
+    ----------
+    sde : SDE
+        With states of shape (B, d).
+    integrand : callable (t, y, p) -> (B,)
+        Sees the original d components.
+
+    Returns
+    -------
+    SDE
+        With d + 1 components; start the last one at 0. Diagonal noise gains a noise-free component and stays diagonal.
+        Euler-Maruyama sums the integrand at left points.
+    """
+    return replace(sde, drift=_IntegralDrift(sde, integrand), diffusion=_IntegralDiffusion(sde), noise_dim=None)
+
+
+@dataclass(frozen=True)
+class _IntegralDrift:
+    sde: SDE
+    integrand: Coefficient
+
+    def __call__(self, t, y, p):
+        x = y[:, :-1]
+        rate = self.integrand(t, x, p)
+        if rate.shape != x.shape[:1]:
+            raise ShapeError(f"`integrand(t, y, p)` must return shape ({x.shape[0]},), got {tuple(rate.shape)}.")
+        return torch.cat((self.sde.drift(t, x, p), rate[:, None]), dim=1)
+
+
+@dataclass(frozen=True)
+class _IntegralDiffusion:
+    sde: SDE
+
+    def __call__(self, t, y, p):
+        g = self.sde.diffusion(t, y[:, :-1], p)
+        axis = 1 if self.sde.noise_type == "diagonal" else -2
+        return torch.cat((g, torch.zeros_like(g.narrow(axis, 0, 1))), dim=axis)
+
+
+def correlated_noise(
+    volatility: Coefficient, correlation: Callable[[Params], Tensor]
+) -> Coefficient:
+    """Diffusion for `noise_type="general"` with correlated Brownian motions.
+
+        s = diag(volatility) L,   L L' = correlation(p)   (L: Cholesky factor).
+
+    Parameters
+    ----------
+    volatility : callable (t, y, p) -> (B, d)
+        Entry i may depend on the whole state; the i-th component moves by volatility_i times Brownian motion i.
+    correlation : callable p -> (d, d)
+        Symmetric, ones on the diagonal, positive definite. Built from parameters, it is differentiable in them.
+
+    Raises
+    ------
+    ArgumentError
+        On evaluation, if the matrix is not a correlation matrix.
+
+    Example
+    -------
+    >>> p = {"rho": torch.tensor(0.6)}
+    >>> def correlation(p):
+    ...     one = torch.ones_like(p["rho"])
+    ...     return torch.stack((torch.stack((one, p["rho"])), torch.stack((p["rho"], one))))
+    >>> g = correlated_noise(lambda t, y, p: torch.ones_like(y), correlation)
+    >>> g(torch.tensor(0.0), torch.zeros(1, 2), p)
+    tensor([[[1.0000, 0.0000],
+             [0.6000, 0.8000]]])
+    """
+    return _Correlated(volatility, correlation)
+
+
+@dataclass(frozen=True)
+class _Correlated:
+    volatility: Coefficient
+    correlation: Callable[[Params], Tensor]
+
+    def __call__(self, t, y, p):
+        rho = self.correlation(p)
+        factor, info = torch.linalg.cholesky_ex(rho)
+        if concrete(info) and (int(info) != 0 or bool((rho.diagonal() - 1).abs().max() > 1e-6)):
+            raise ArgumentError(
+                f"`correlation(p)` must be positive definite with ones on the diagonal, got {rho.detach().tolist()}."
+            )
+        return self.volatility(t, y, p).unsqueeze(-1) * factor
+
+
+def concrete(x: Tensor) -> bool:
+    """Whether the values of x can be looked at: not under vmap, jvp or grad of torch.func, nor while compiling."""
+    return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
+def check_parameter(name: str, value) -> None:
+    """Raise unless `value` can serve as the parameter `name`."""
+    if name in RESERVED:
+        raise ArgumentError(f"a parameter may not be called `{name}`: that name means the initial state or the horizon.")
+    if not isinstance(value, Tensor):
+        raise ArgumentTypeError(f"parameter `{name}` must be a tensor, got {value!r}: use torch.tensor(...).")
+    if not value.is_floating_point():
+        raise DtypeError(f"parameter `{name}` must be floating, got {value.dtype}: use torch.tensor({value.tolist()!r:.40}, dtype=torch.float64).")
+
+
+def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ArgumentError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _names(mapping: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"`{name}`" for name in mapping) or "none"
