@@ -1,0 +1,36 @@
+"""sdesens: sensitivities of stochastic differential equations, d/dtheta E[F(X)], with honest error bars."""
+
+from sdesens.errors import SdesensError, ZeroGradientWarning
+from sdesens.estimate import Estimate
+from sdesens.integrate import sdeint
+from sdesens.montecarlo import Sensitivity, merge, sensitivity
+from sdesens.noise import Antithetic, Coarsened, GivenNoise, Noise, Philox, coarsen
+from sdesens.problem import Problem
+from sdesens.sde import SDE, as_sde, correlated_noise, to_ito, to_stratonovich, with_running_integral
+from sdesens.sensitivity import METHODS
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "SDE",
+    "Antithetic",
+    "Coarsened",
+    "Estimate",
+    "GivenNoise",
+    "Noise",
+    "Philox",
+    "Problem",
+    "SdesensError",
+    "Sensitivity",
+    "ZeroGradientWarning",
+    "as_sde",
+    "coarsen",
+    "correlated_noise",
+    "merge",
+    "sdeint",
+    "sensitivity",
+    "to_ito",
+    "to_stratonovich",
+    "with_running_integral",
+]

@@ -1,0 +1,480 @@
+"""d/dtheta E[F(X)] with its standard error: a map over blocks of paths.
+
+A run is cut into blocks of `BLOCK` consecutive paths, at multiples of `BLOCK` whatever the run. A block's moments are
+computed on their own and added in block order, so the bits do not depend on who computed a block or when: one thread or
+eight processes, one call over 100,000 paths or ten calls over 10,000 each that are merged.
+
+Inside a block, reverse-mode methods return the mean gradient of each group of `GROUP` paths; the spread between groups
+gives the standard error, with a t quantile for their finite number. Methods that know every path's gradient use that.
+"""
+
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdesens.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DetachedError,
+    NotAFunctionError,
+    ShapeError,
+    SlowPathWarning,
+    UnusedParameterError,
+    ZeroGradientWarning,
+)
+from sdesens.estimate import Estimate, Moments, total
+from sdesens.integrate.checks import PROBE_PATHS, PROBE_STREAM, check_finite_params, check_sde, check_shapes
+from sdesens.integrate.chunk import advance, plan
+from sdesens.noise import Coarsened, Noise, Philox
+from sdesens.problem import Problem, Theta
+from sdesens.sde import require_ito
+from sdesens.sensitivity import METHODS
+from sdesens.sensitivity.tile import Contributions, Tile, group_leaves
+
+BLOCK = 10_000  # paths a block; a multiple of GROUP
+GROUP = 200  # paths a group in reverse mode
+TILE_NUMBERS = 40_000  # numbers in one state tensor of a tile: a few of them fit the second-level cache
+TILE_OUTPUT_BYTES = 64 * 2**20  # states (and tangents) kept for the functional
+
+
+@dataclass(frozen=True)
+class Block:
+    """Moments of one block: "value" and the parameters by name; of the half-step differences too, if asked for."""
+
+    first: int
+    moments: dict[str, Moments]
+    bias: dict[str, Moments] | None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The answer of `sensitivity`.
+
+    Attributes
+    ----------
+    value : Estimate
+        E[F(X)] for the scheme on this grid.
+    gradient : dict of Estimate
+        Its derivative by parameter name, each of the parameter's shape.
+    bias : dict of Estimate, or None
+        Discretisation bias of "value" and of each gradient: estimate minus the SDE's own number. It is resolved where it
+        exceeds two of its standard errors; otherwise those standard errors bound it.
+    method : str
+    n_paths, n_steps, first_path : int
+    seconds : float
+    """
+
+    value: Estimate
+    gradient: dict[str, Estimate]
+    bias: dict[str, Estimate] | None
+    method: str
+    n_paths: int
+    n_steps: int
+    first_path: int
+    seconds: float
+    blocks: tuple[Block, ...]
+    weighted: bool = False
+
+    def to_dict(self) -> dict:
+        """Plain numbers."""
+        return {
+            "method": self.method,
+            "n_paths": self.n_paths,
+            "n_steps": self.n_steps,
+            "seconds": self.seconds,
+            "value": self.value.to_dict(),
+            "gradient": {k: v.to_dict() for k, v in self.gradient.items()},
+            "bias": None if self.bias is None else {k: v.to_dict() for k, v in self.bias.items()},
+        }
+
+    def __repr__(self) -> str:
+        lines = [f"Sensitivity by {self.method}, {self.n_paths} paths x {self.n_steps} steps, {self.seconds:.2f} s"]
+        rows = {"value": self.value, **{f"d/d {k}": v for k, v in self.gradient.items()}}
+        width = max(map(len, rows))
+        lines += [f"  {name:<{width}}  {estimate!r}" for name, estimate in rows.items()]
+        return "\n".join(lines)
+
+
+def sensitivity(
+    problem: Problem,
+    *,
+    n_paths: int,
+    method: str = "pathwise",
+    wrt: tuple[str, ...] | list[str] | str | None = None,
+    seed: int = 0,
+    noise: Noise | None = None,
+    first_path: int = 0,
+    bias: bool = False,
+    executor: Executor | None = None,
+    progress: bool | None = None,
+    tile_paths: int | None = None,
+) -> Sensitivity:
+    """Estimate E[F(X)] and its derivatives, with standard errors.
+
+    Parameters
+    ----------
+    problem : Problem
+    n_paths : int
+        At least 2, and even for antithetic noise.
+    method : str
+        A key of `sdesens.METHODS`: "pathwise" (reverse mode, any number of parameters), "forward" (tangent SDE, each path's
+        own gradient), "adjoint", "torchsde_adjoint", "finite_difference".
+    wrt : names, optional
+        Parameters of the SDE, "y0", "t1". All parameters of the SDE if left out. "t1" moves the horizon and every output
+        time in proportion; a functional that mentions the horizon itself must carry it as a state.
+    seed : int
+        Seed of the Philox noise; ignored if `noise` is given.
+    noise : Noise, optional
+        Antithetic(Philox(seed)), GivenNoise(z, weights), ...
+    first_path : int
+        Index of the first path. Runs that start at multiples of 10,000 can be merged to the same bits as one run.
+    bias : bool
+        Estimate the discretisation bias too, from coupled runs with n_steps and 2 n_steps on the same Brownian paths; three
+        times the work on top. With weak order 1, bias = 2 (G_h - G_{h/2}).
+    executor : concurrent.futures.Executor, optional
+        Maps over blocks. A process pool needs a problem that pickles: functions of a module, not lambdas.
+    progress : bool, optional
+        A progress bar on standard error; by default for runs of several seconds on a terminal.
+    tile_paths : int, optional
+        Paths worked on at once. Chosen from the state's size if left out; it does not change the numbers.
+
+    Returns
+    -------
+    Sensitivity
+
+    Raises
+    ------
+    ArgumentError and its kin
+        Bad shapes, names, structure: see `sdesens.errors`.
+    UnusedParameterError
+        If the result cannot depend on a parameter in `wrt`.
+    NonFiniteError
+        With the path, step and time of the first bad state.
+
+    Warns
+    -----
+    ZeroGradientWarning
+        If a gradient is exactly zero on every path.
+
+    Example
+    -------
+    >>> one = torch.ones(1, dtype=torch.float64)
+    >>> sde = SDE(lambda t, y, p: -p["k"] * y, lambda t, y, p: 0.1 * torch.ones_like(y), {"k": 0.5 * one[0]})
+    >>> problem = Problem(sde, lambda ys, p: ys[-1, :, 0], y0=one, ts=(0.0, 1.0), n_steps=16)
+    >>> result = sensitivity(problem, n_paths=1000, seed=1)
+    >>> float(result.gradient["k"].mean)        # exact for the scheme: -(1 - 0.5/16)^15 = -0.6211
+    -0.6...
+    """
+    began = time.perf_counter()
+    run = _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths)
+    starts = run.block_starts()
+    mapped = map(run.block, starts) if executor is None else executor.map(run.block, starts)
+    hidden = None if progress is None else not progress
+    bar = tqdm(mapped, total=len(starts), desc=method, unit="block", delay=2.0, disable=hidden, leave=False)
+    return _assemble(tuple(bar), run, time.perf_counter() - began)
+
+
+def merge(*results: Sensitivity) -> Sensitivity:
+    """One result from runs over consecutive stretches of paths.
+
+    To the bit the same as a single run if the stretches begin at multiples of 10,000 paths.
+
+    Raises
+    ------
+    ArgumentError
+        If the runs differ in method, steps or parameters, or their paths do not follow each other without gap or overlap.
+    """
+    if not results:
+        raise ArgumentError("`merge` needs at least one result.")
+    ordered = sorted(results, key=lambda r: r.first_path)
+    first = ordered[0]
+    expected = first.first_path
+    for r in ordered:
+        same = (r.method, r.n_steps, r.weighted, tuple(r.gradient), r.bias is None)
+        if same != (first.method, first.n_steps, first.weighted, tuple(first.gradient), first.bias is None):
+            raise ArgumentError("`merge` needs results of one method, number of steps, choice of parameters and `bias`.")
+        if r.first_path != expected:
+            raise ArgumentError(
+                f"`merge` needs consecutive paths: a run starts at path {r.first_path} where {expected} was expected; set "
+                "`first_path` of each run to the end of the one before."
+            )
+        expected += r.n_paths
+    blocks = tuple(block for r in ordered for block in r.blocks)
+    seconds = sum(r.seconds for r in ordered)
+    return _result(blocks, first.method, first.n_steps, first.first_path, seconds, first.weighted)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything a worker needs to compute a block."""
+
+    problem: Problem
+    method: str
+    theta: dict[str, Tensor]
+    noise: Noise
+    fine_noise: Noise | None  # a source for 2 n_steps, if the bias is wanted
+    first: int
+    n_paths: int
+    group: int
+    tile_paths: int
+    noise_dim: int
+    vectorised: bool
+    weighted: bool
+
+    def block_starts(self) -> list[int]:
+        end = self.first + self.n_paths
+        cuts = range((self.first // BLOCK + 1) * BLOCK, end, BLOCK)
+        return [self.first, *cuts]
+
+    def block(self, start: int) -> Block:
+        end = min(self.first + self.n_paths, (start // BLOCK + 1) * BLOCK)
+        rows = self._contributions(self.problem, self.noise, start, end)
+        bias = None
+        if self.fine_noise is not None:
+            coarse = self._contributions(self.problem, Coarsened(self.fine_noise, 2), start, end)
+            fine = self._contributions(self.problem.with_steps(2 * self.problem.n_steps), self.fine_noise, start, end)
+            gaps = [
+                (paths, {k: 2.0 * (c[k] - f[k]) for k in c})
+                for (paths, c), (_, f) in zip(coarse, fine, strict=True)
+            ]
+            bias = _moments(gaps, self.noise.unit)
+        return Block(start, _moments(rows, self.noise.unit), bias)
+
+    def _contributions(self, problem: Problem, noise: Noise, start: int, end: int) -> list[tuple[int, dict[str, Tensor]]]:
+        """(paths, {"value" | name: unit means}) of each tile."""
+        rows = []
+        for first, count, group in _tiles(start, end, self.tile_paths, self.group):
+            tile = Tile(problem, noise, first, count, group, self.noise_dim, self.vectorised)
+            rows.append((count, _weigh(METHODS[self.method](tile, self.theta), tile, self.n_paths, self.weighted)))
+        return rows
+
+
+def _tiles(start: int, end: int, tile_paths: int, group: int):
+    """(first, count, group) covering start ... end - 1; a last odd group becomes a tile of its own."""
+    while start < end:
+        whole = (end - start) // group * group
+        count = min(tile_paths, whole) if whole else end - start
+        yield start, count, group if whole else count
+        start += count
+
+
+def _weigh(c: Contributions, tile: Tile, n_paths: int, weighted: bool) -> dict[str, Tensor]:
+    if not weighted:
+        return {"value": c.values.detach().double(), **c.gradients}
+    w = tile.noise.weights(tile.first, tile.count, dtype=torch.float64, device=c.values.device)
+    assert w is not None
+    w = w * n_paths
+
+    def apply(g: Tensor) -> Tensor:
+        if g.shape[0] != tile.count:
+            raise ArgumentError("weighted paths need groups of one path in reverse mode.")
+        return g * w.reshape(-1, *[1] * (g.dim() - 1))
+
+    return {"value": c.values.detach().double() * w, **{k: apply(g) for k, g in c.gradients.items()}}
+
+
+def _moments(rows: list[tuple[int, dict[str, Tensor]]], unit: int) -> dict[str, Moments]:
+    moments = {}
+    for name in rows[0][1]:
+        parts = []
+        for paths, row in rows:
+            means = row[name]
+            size = paths // means.shape[0]
+            if size < unit:  # paths of one unit are not independent: average them first
+                means, size = means.unflatten(0, (-1, unit // size)).mean(1), unit
+            parts.append(Moments.of_units(means, size))
+        moments[name] = total(parts)
+    return moments
+
+
+def _assemble(blocks: tuple[Block, ...], run: _Run, seconds: float) -> Sensitivity:
+    result = _result(blocks, run.method, run.problem.n_steps, run.first, seconds, run.weighted)
+    moments = {k: total(b.moments[k] for b in blocks) for k in result.gradient}
+    zero = [k for k, m in moments.items() if not bool(m.mean.any()) and not bool(m.m2.any())]
+    if zero:
+        warnings.warn(
+            f"the {run.method} gradient with respect to {', '.join(map(repr, zero))} is exactly zero on every path. Either "
+            "the result does not depend on it, or the functional jumps (an indicator, a rounding, a comparison) and its "
+            "pathwise derivative misses the jump: compare with method='finite_difference'.",
+            ZeroGradientWarning,
+            stacklevel=3,
+        )
+    return result
+
+
+def _result(
+    blocks: tuple[Block, ...], method: str, n_steps: int, first: int, seconds: float, weighted: bool
+) -> Sensitivity:
+    def collect(pick: Callable[[Block], dict[str, Moments]]) -> dict[str, Estimate]:
+        return {k: total(pick(b)[k] for b in blocks).estimate(weighted=weighted) for k in pick(blocks[0])}
+
+    gradient = collect(lambda b: b.moments)
+    value = gradient.pop("value")
+    bias = None if blocks[0].bias is None else collect(lambda b: b.bias or {})
+    return Sensitivity(value, gradient, bias, method, value.n, n_steps, first, seconds, blocks, weighted)
+
+
+def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths) -> _Run:
+    """Check everything that can be checked before work starts."""
+    if not isinstance(problem, Problem):
+        raise ArgumentTypeError(f"`problem` must be a Problem, got {type(problem).__name__}.")
+    if method not in METHODS:
+        raise ArgumentError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
+    for name, number, least in (("n_paths", n_paths, 2), ("first_path", first_path, 0), ("tile_paths", tile_paths, 1)):
+        if number is None and name == "tile_paths":
+            continue
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ArgumentTypeError(f"`{name}` must be an int, got {number!r}.")
+        if number < least:
+            raise ArgumentError(f"`{name}` must be at least {least}, got {number}.")
+    source = Philox(seed) if noise is None else noise
+    if not isinstance(source, Noise):
+        raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
+    if n_paths % source.unit or first_path % source.unit:
+        raise ArgumentError(f"antithetic paths come in pairs: `n_paths` = {n_paths} and `first_path` must be even.")
+    if bias and noise is not None and not isinstance(noise, Philox | type(source)):
+        raise ArgumentError("`bias` needs noise for 2 n_steps.")
+    theta = problem.leaves(wrt)
+    noise_dim = check_problem(problem, theta)
+    vectorised = _survives_vmap(problem, theta, noise_dim)
+    y0 = problem.initial({})
+    weighted = source.weights(first_path, 1, dtype=torch.float64, device=y0.device) is not None
+    group, tile = _sizes(problem, theta, y0, noise_dim, n_paths, source.unit, weighted, method)
+    if tile_paths is not None:
+        tile = max(tile_paths // group, 1) * group
+    fine = source if bias else None
+    return _Run(
+        problem, method, theta, source, fine, first_path, n_paths, group, tile, noise_dim, vectorised, weighted
+    )  # fmt: skip
+
+
+def _sizes(problem, theta, y0, noise_dim, n_paths, unit, weighted, method) -> tuple[int, int]:
+    """Paths a group and paths a tile, from the sizes of state, noise, outputs and tangents."""
+    tangents = 1 + (sum(v.numel() for v in theta.values()) if method == "forward" else 0)
+    per_path = max(y0.numel() * tangents, noise_dim)
+    kept = y0.numel() * tangents * len(problem.outputs) * y0.element_size()
+    most = max(min(TILE_NUMBERS // per_path, TILE_OUTPUT_BYTES // kept, BLOCK), 1)
+    group = GROUP if n_paths >= BLOCK else max(n_paths // 50, 1)  # a small run still gets 50 groups
+    group = 1 if weighted else min(group, most)
+    group = max(group // unit, 1) * unit
+    while BLOCK % group:  # groups may not straddle blocks
+        group -= unit
+    return group, max(most // group, 1) * group
+
+
+def check_problem(problem: Problem, theta: Theta) -> int:
+    """Run every cheap check on a problem; returns the noise dimension.
+
+    Raises
+    ------
+    CalculusError, ShapeError, DtypeError, NonFiniteError, NotAFunctionError, NoiseStructureError, DetachedError,
+    UnusedParameterError
+    """
+    sde = problem.sde
+    require_ito(sde, "Euler-Maruyama")
+    p = problem.params({})
+    check_finite_params(p)
+    y0 = problem.initial({}).detach()
+    dt = problem.step_size({})
+    batch = y0.expand(PROBE_PATHS, *y0.shape)
+    with torch.no_grad():
+        noise_dim = check_shapes(sde, p, torch.tensor(problem.t0, dtype=y0.dtype, device=y0.device), batch)
+    check_sde(sde, p, problem.t0, dt, y0, noise_dim, 0)
+    _check_functional(problem, theta, noise_dim)
+    return noise_dim
+
+
+def _probe(problem: Problem, theta: Theta, noise_dim: int) -> Tensor:
+    """States (T, PROBE_PATHS, *event) of a short made-up path whose graph has every ingredient: first, middle, last step."""
+    y0 = problem.initial(theta)
+    y = y0.expand(PROBE_PATHS, *y0.shape)
+    states = [y]
+    p, dt = problem.params(theta), problem.step_size(theta)
+    for n in sorted({0, problem.n_steps // 2, problem.n_steps - 1}):
+        z = Philox(0, PROBE_STREAM).normals(0, PROBE_PATHS, n, 1, noise_dim, dtype=y.dtype, device=y.device)
+        chunk = plan((n, n + 1), n + 1)[0] if n == 0 else None
+        chunk = chunk or _single_step(n)
+        y = advance(problem.sde, p, problem.t0, dt, chunk, y, z)[-1]
+        states.append(y)
+    return torch.stack([states[0]] + [states[min(i, len(states) - 1)] for i in range(1, len(problem.outputs) - 1)] + [y])
+
+
+def _single_step(n: int):
+    from sdesens.integrate.chunk import Chunk
+
+    return Chunk(n, 1, (1,), ())
+
+
+def _check_functional(problem: Problem, theta: Theta, noise_dim: int) -> None:
+    leaves = {k: v.detach().requires_grad_() for k, v in theta.items()}
+    with torch.enable_grad():
+        ys = _probe(problem, leaves, noise_dim)
+        values = problem.functional(ys, problem.params(leaves))
+    wanted = f"one number a path, shape ({PROBE_PATHS},) for ys of shape {tuple(ys.shape)}"
+    if not isinstance(values, Tensor):
+        raise ShapeError(f"`functional(ys, p)` must return a tensor, {wanted}, got {type(values).__name__}.")
+    if values.shape != (PROBE_PATHS,):
+        raise ShapeError(
+            f"`functional(ys, p)` returned shape {tuple(values.shape)}, but must return {wanted}: ys is (T, B, *event), so a "
+            "terminal value is ys[-1, :, 0], without a mean over paths."
+        )
+    if not values.is_floating_point():
+        raise DetachedError(
+            f"`functional(ys, p)` returned {values.dtype}: a comparison or a cast cuts it off from the path and its pathwise "
+            "derivative is zero. Return floating numbers that depend on the path smoothly."
+        )
+    with torch.no_grad():
+        alone = torch.cat([problem.functional(ys[:, i : i + 1], problem.params(theta)) for i in range(PROBE_PATHS)])
+    scale = torch.finfo(ys.dtype).eps ** 0.5 * (1 + values.detach().abs().nan_to_num())
+    if bool(((alone - values.detach()).abs().nan_to_num() > scale).any()):
+        raise NotAFunctionError(
+            "`functional(ys, p)` mixes paths or is random: a path alone gives another number than in a batch. Reduce over "
+            "times and components, never over paths (dim 1 of ys)."
+        )
+    if not theta:
+        raise ArgumentError("there is nothing to differentiate in: give `wrt`, or parameters to the SDE.")
+    if not values.requires_grad:
+        raise DetachedError(
+            "`functional(ys, p)` returned a tensor that is cut off from the path and from the parameters (a comparison, "
+            "detach(), .item(), numpy, or a cast): its gradient would be missing, not zero."
+        )
+    found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+    unused = [name for name, g in zip(leaves, found, strict=True) if g is None]
+    if unused:
+        raise UnusedParameterError(
+            f"the result cannot depend on {', '.join(map(repr, unused))}: it enters neither drift, diffusion, initial state "
+            "nor functional as a tensor (or only detached). Remove it from `wrt`, or use it through p."
+        )
+
+
+def _survives_vmap(problem: Problem, theta: Theta, noise_dim: int) -> bool:
+    """Whether the user's functions can be vectorised over groups; warns if not."""
+    y0 = problem.initial({})
+    tile = Tile(problem, Philox(0, PROBE_STREAM), 0, PROBE_PATHS, 2, noise_dim)
+
+    def run(th: Theta, z: Tensor) -> Tensor:
+        start = problem.initial(th)
+        step = _single_step(0)
+        y = advance(problem.sde, problem.params(th), problem.t0, problem.step_size(th), step, start.expand(2, *start.shape), z)
+        return tile.values(th, torch.stack([y[-1]] * len(problem.outputs)))
+
+    z = tile.per_group(tile.normals(_single_step(0), y0), 1)
+    try:
+        tile.map_groups(run, (0, 1))(group_leaves(tile, theta), z)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(
+            f"a coefficient or the functional cannot be vectorised by torch.func.vmap ({reason:.200}); groups of paths are "
+            "visited one by one, which is slower. Writing into a fresh tensor is the usual cause: use torch.stack instead.",
+            SlowPathWarning,
+            stacklevel=4,
+        )
+        return False
+    return True

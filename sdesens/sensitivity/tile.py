@@ -1,0 +1,200 @@
+"""What every gradient method is given, and what it gives back.
+
+A `Tile` is a stretch of paths small enough to be worked on at once. A method is a function
+
+    method(tile, theta) -> Contributions                                                         (1)
+
+of the tile and of the tensors theta to differentiate in. Reverse mode yields sums over paths only, so a tile is cut into
+groups of equal size and the parameters are given one copy a group: one sweep then returns the mean gradient of every
+group, at the cost of one. The spread between groups is what the standard error is made of.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from sdesens.integrate.chunk import Chunk, chunk_length, normals, plan, sweep
+from sdesens.integrate.solve import check_finite_paths, solve
+from sdesens.noise import Noise
+from sdesens.problem import Problem, Theta
+from sdesens.errors import NonFiniteError
+from sdesens.sde import RESERVED
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Paths `first ... first + count - 1` of a problem, in `count / group` groups.
+
+    Attributes
+    ----------
+    problem : Problem
+    noise : Noise
+    first, count, group : int
+    noise_dim : int
+        Number of Brownian motions.
+    vectorised : bool
+        Whether the user's functions survive `torch.func.vmap`; if not, groups are visited one by one.
+    """
+
+    problem: Problem
+    noise: Noise
+    first: int
+    count: int
+    group: int
+    noise_dim: int
+    vectorised: bool = True
+
+    @property
+    def n_groups(self) -> int:
+        return self.count // self.group
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        return plan(self.problem.outputs, chunk_length(self.noise_dim))
+
+    def normals(self, chunk: Chunk, like: Tensor) -> Tensor:
+        """The chunk's noise, shape (steps, count, noise_dim)."""
+        return normals(self.noise, self.first, self.count, chunk, self.noise_dim, like)
+
+    def start(self, theta: Theta) -> Tensor:
+        """Initial states, shape (count, *event)."""
+        y0 = self.problem.initial(theta)
+        return y0.expand(self.count, *y0.shape)
+
+    def sweep(self, theta: Theta, chunks: list[Chunk], y: Tensor):
+        """Advance y (count, *event) over the chunks; yields (chunk, states at its marks)."""
+        q = self.problem
+        return sweep(q.sde, q.params(theta), q.t0, q.step_size(theta), chunks, y, self.noise, self.first, self.noise_dim)
+
+    def paths(self, theta: Theta) -> Tensor:
+        """States at the output times, shape (T, count, *event)."""
+        q = self.problem
+        return solve(
+            q.sde, q.params(theta), q.t0, q.step_size(theta), q.outputs, self.start(theta), self.noise, self.first,
+            self.noise_dim,
+        )  # fmt: skip
+
+    def values(self, theta: Theta, ys: Tensor) -> Tensor:
+        """The functional on ys, shape (count,)."""
+        return self.problem.functional(ys, self.problem.params(theta))
+
+    def check(self, theta: Theta, ys: Tensor, values: Tensor) -> None:
+        """Raise NonFiniteError if a path or a value of the functional is NaN or infinite."""
+        if bool(torch.isfinite(values).all()) and bool(torch.isfinite(ys).all()):
+            return
+        q = self.problem
+        check_finite_paths(
+            ys, q.sde, q.params(theta), q.t0, q.step_size(theta), q.outputs, self.start(theta), self.noise, self.first,
+            self.noise_dim,
+        )  # fmt: skip
+        bad = (~torch.isfinite(values)).nonzero().flatten()
+        raise NonFiniteError(
+            f"`functional(ys, p)` is NaN or infinite on {bad.numel()} of {values.numel()} paths, though the paths are finite; "
+            f"first path {self.first + int(bad[0])}. Check its domain (log or sqrt of a state that may be negative).",
+            paths=tuple(self.first + int(i) for i in bad[:8]),
+            n_bad=bad.numel(),
+        )
+
+    def per_group(self, x: Tensor, axis: int = 0) -> Tensor:
+        """Split the path axis into (n_groups, group)."""
+        return x.unflatten(axis, (self.n_groups, self.group))
+
+    def map_groups(self, function: Callable, in_dims: tuple) -> Callable:
+        """`function` of one group's arguments, applied to all groups; results gain a leading group axis."""
+        if self.vectorised:
+            return vmap(function, in_dims=in_dims)
+        return _loop(function, in_dims, self.n_groups)
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What a tile adds to a Monte Carlo mean.
+
+    Attributes
+    ----------
+    values : Tensor, shape (count,)
+        The functional, path by path.
+    gradients : dict of Tensor, shape (U, *shape of the parameter)
+        Mean gradient of each of U equal consecutive stretches of paths: U = count if the method knows each path's own,
+        U = n_groups in reverse mode. float64.
+    """
+
+    values: Tensor
+    gradients: dict[str, Tensor]
+
+
+def group_leaves(tile: Tile, theta: Theta) -> dict[str, Tensor]:
+    """One differentiable copy of theta for each group, shape (n_groups, *shape)."""
+    return {k: v.detach().expand(tile.n_groups, *v.shape).requires_grad_() for k, v in theta.items()}
+
+
+def functional_pullback(tile: Tile, leaves: dict[str, Tensor], ys: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Values of the functional, and the derivatives of its sum over each group.
+
+    Returns
+    -------
+    values : Tensor, shape (count,)
+    ys_bar : Tensor, shape (T, n_groups, group, *event)
+        dF/dys of each path.
+    theta_bar : dict of Tensor, shape (n_groups, *shape), float64
+        Explicit dependence on the parameters, summed over each group.
+    """
+    ys = tile.per_group(ys.detach(), 1).requires_grad_()
+    with torch.enable_grad():
+        values = tile.map_groups(lambda th, y: tile.values(th, y), (0, 1))(leaves, ys)
+    bars = pull(values, [ys, *leaves.values()], torch.ones_like(values))
+    ys_bar = torch.zeros_like(ys) if bars[0] is None else bars[0]
+    theta_bar = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in leaves.items()}
+    accumulate(theta_bar, bars[1:])
+    return values.detach().flatten(), ys_bar, theta_bar
+
+
+def initial_pullback(tile: Tile, leaves: dict[str, Tensor], y_bar: Tensor, theta_bar: dict[str, Tensor]) -> None:
+    """Add the derivative through the initial state, given y_bar (n_groups, group, *event), to theta_bar."""
+    with torch.enable_grad():
+        y0 = tile.map_groups(lambda th: tile.problem.initial(th) + 0, (0,))(leaves)
+    accumulate(theta_bar, pull(y0, list(leaves.values()), y_bar.sum(1)))
+
+
+def group_means(tile: Tile, theta_bar: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over groups to means."""
+    return {k: v / tile.group for k, v in theta_bar.items()}
+
+
+def pull(outputs, inputs: list[Tensor], cotangents) -> list[Tensor | None]:
+    """Vector-Jacobian product; None for inputs that the outputs do not reach, or where nothing is reached."""
+    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+    cotangents = [cotangents] if isinstance(cotangents, Tensor) else cotangents
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    outs, cots = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(outs, inputs, cots, allow_unused=True))
+
+
+def accumulate(theta_bar: dict[str, Tensor], bars: list[Tensor | None]) -> None:
+    """theta_bar += bars, in float64, in the order of the dict."""
+    for total, bar in zip(theta_bar.values(), bars, strict=True):
+        if bar is not None:
+            total += bar
+
+
+def without_horizon(theta: Theta) -> dict[str, Tensor]:
+    """The part of theta that user functions see."""
+    return {k: v for k, v in theta.items() if k not in RESERVED}
+
+
+def _loop(function: Callable, in_dims: tuple, n: int) -> Callable:
+    def pick(x, dim, i):
+        return {k: v[i] for k, v in x.items()} if isinstance(x, dict) else x if dim is None else x.select(dim, i)
+
+    def mapped(*args):
+        results = [function(*(pick(x, dim, i) for x, dim in zip(args, in_dims, strict=True))) for i in range(n)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results)
+        return [torch.stack(parts) for parts in zip(*results, strict=True)]
+
+    return mapped
