@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from sdesens.errors import (
 )
 from sdesens.estimate import Estimate, Moments, total
 from sdesens.integrate.checks import PROBE_PATHS, PROBE_STREAM, check_finite_params, check_sde, check_shapes
-from sdesens.integrate.chunk import advance, plan
+from sdesens.integrate.chunk import Chunk, advance
 from sdesens.noise import Coarsened, Noise, Philox
 from sdesens.problem import Problem, Theta
 from sdesens.sde import require_ito
@@ -199,7 +198,9 @@ def merge(*results: Sensitivity) -> Sensitivity:
     for r in ordered:
         same = (r.method, r.n_steps, r.weighted, tuple(r.gradient), r.bias is None)
         if same != (first.method, first.n_steps, first.weighted, tuple(first.gradient), first.bias is None):
-            raise ArgumentError("`merge` needs results of one method, number of steps, choice of parameters and `bias`.")
+            raise ArgumentError(
+                "`merge` needs results of one method, number of steps, choice of parameters and `bias`."
+            )
         if r.first_path != expected:
             raise ArgumentError(
                 f"`merge` needs consecutive paths: a run starts at path {r.first_path} where {expected} was expected; set "
@@ -241,13 +242,14 @@ class _Run:
             coarse = self._contributions(self.problem, Coarsened(self.fine_noise, 2), start, end)
             fine = self._contributions(self.problem.with_steps(2 * self.problem.n_steps), self.fine_noise, start, end)
             gaps = [
-                (paths, {k: 2.0 * (c[k] - f[k]) for k in c})
-                for (paths, c), (_, f) in zip(coarse, fine, strict=True)
+                (paths, {k: 2.0 * (c[k] - f[k]) for k in c}) for (paths, c), (_, f) in zip(coarse, fine, strict=True)
             ]
             bias = _moments(gaps, self.noise.unit)
         return Block(start, _moments(rows, self.noise.unit), bias)
 
-    def _contributions(self, problem: Problem, noise: Noise, start: int, end: int) -> list[tuple[int, dict[str, Tensor]]]:
+    def _contributions(
+        self, problem: Problem, noise: Noise, start: int, end: int
+    ) -> list[tuple[int, dict[str, Tensor]]]:
         """(paths, {"value" | name: unit means}) of each tile."""
         rows = []
         for first, count, group in _tiles(start, end, self.tile_paths, self.group):
@@ -339,8 +341,6 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
         raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
     if n_paths % source.unit or first_path % source.unit:
         raise ArgumentError(f"antithetic paths come in pairs: `n_paths` = {n_paths} and `first_path` must be even.")
-    if bias and noise is not None and not isinstance(noise, Philox | type(source)):
-        raise ArgumentError("`bias` needs noise for 2 n_steps.")
     theta = problem.leaves(wrt)
     noise_dim = check_problem(problem, theta)
     vectorised = _survives_vmap(problem, theta, noise_dim)
@@ -399,16 +399,14 @@ def _probe(problem: Problem, theta: Theta, noise_dim: int) -> Tensor:
     p, dt = problem.params(theta), problem.step_size(theta)
     for n in sorted({0, problem.n_steps // 2, problem.n_steps - 1}):
         z = Philox(0, PROBE_STREAM).normals(0, PROBE_PATHS, n, 1, noise_dim, dtype=y.dtype, device=y.device)
-        chunk = plan((n, n + 1), n + 1)[0] if n == 0 else None
-        chunk = chunk or _single_step(n)
-        y = advance(problem.sde, p, problem.t0, dt, chunk, y, z)[-1]
+        y = advance(problem.sde, p, problem.t0, dt, _single_step(n), y, z)[-1]
         states.append(y)
-    return torch.stack([states[0]] + [states[min(i, len(states) - 1)] for i in range(1, len(problem.outputs) - 1)] + [y])
+    return torch.stack(
+        [states[0]] + [states[min(i, len(states) - 1)] for i in range(1, len(problem.outputs) - 1)] + [y]
+    )
 
 
-def _single_step(n: int):
-    from sdesens.integrate.chunk import Chunk
-
+def _single_step(n: int) -> Chunk:
     return Chunk(n, 1, (1,), ())
 
 
@@ -462,7 +460,9 @@ def _survives_vmap(problem: Problem, theta: Theta, noise_dim: int) -> bool:
     def run(th: Theta, z: Tensor) -> Tensor:
         start = problem.initial(th)
         step = _single_step(0)
-        y = advance(problem.sde, problem.params(th), problem.t0, problem.step_size(th), step, start.expand(2, *start.shape), z)
+        y = advance(
+            problem.sde, problem.params(th), problem.t0, problem.step_size(th), step, start.expand(2, *start.shape), z
+        )
         return tile.values(th, torch.stack([y[-1]] * len(problem.outputs)))
 
     z = tile.per_group(tile.normals(_single_step(0), y0), 1)

@@ -8,11 +8,20 @@ question and checks its form; it computes nothing.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, GridError, NonFiniteError, ShapeError, UnknownParameterError
+from sdesens.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DtypeError,
+    GridError,
+    NonFiniteError,
+    ShapeError,
+    UnknownParameterError,
+)
 from sdesens.sde import RESERVED, SDE, Params, concrete
 
 Theta = Mapping[str, Tensor]
@@ -68,7 +77,7 @@ class Problem:
         elif not callable(self.y0):
             raise ArgumentTypeError(f"`y0` must be a tensor or a function of p, got {type(self.y0).__name__}.")
 
-    outputs = ()  # grid index of each time in ts
+    outputs: ClassVar[tuple[int, ...]] = ()  # grid index of each time in ts; set on each instance
 
     @property
     def t0(self) -> float:
@@ -101,8 +110,10 @@ class Problem:
                 )
             if name in theta:
                 raise ArgumentError(f"`wrt` names {name!r} twice.")
-            value = self.sde.params.get(name, self.y0 if name == "y0" else None)
-            theta[name] = torch.tensor(self.t1, dtype=torch.float64) if name == "t1" else value.detach()
+            if name == "t1":
+                theta[name] = torch.tensor(self.t1, dtype=torch.float64)
+            else:
+                theta[name] = (self.initial({}) if name == "y0" else self.sde.params[name]).detach()
         return theta
 
     def params(self, theta: Theta) -> dict[str, Tensor]:
@@ -130,7 +141,9 @@ def check_state(name: str, y0) -> None:
     if not y0.is_floating_point():
         raise DtypeError(f"`{name}` must be floating, got {y0.dtype}: an integer state cannot move; use y0.double().")
     if y0.dim() < 1 or y0.numel() == 0:
-        raise ShapeError(f"`{name}` must have shape (d,) with d >= 1, got {tuple(y0.shape)}: use y0[None] for a scalar state.")
+        raise ShapeError(
+            f"`{name}` must have shape (d,) with d >= 1, got {tuple(y0.shape)}: use y0[None] for a scalar state."
+        )
     if concrete(y0) and not bool(torch.isfinite(y0).all()):
         raise NonFiniteError(f"`{name}` holds NaN or infinite values: {y0.detach().flatten()[:8].tolist()}.")
 

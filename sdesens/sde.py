@@ -26,7 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from sdesens.errors import ArgumentError, ArgumentTypeError, CalculusError, DtypeError, ShapeError, UnknownParameterError
+from sdesens.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CalculusError,
+    DtypeError,
+    ShapeError,
+    UnknownParameterError,
+)
 
 Params = Mapping[str, Tensor]
 Coefficient = Callable[[Tensor, Tensor, Params], Tensor]
@@ -278,9 +285,7 @@ class _IntegralDiffusion:
         return torch.cat((g, torch.zeros_like(g.narrow(axis, 0, 1))), dim=axis)
 
 
-def correlated_noise(
-    volatility: Coefficient, correlation: Callable[[Params], Tensor]
-) -> Coefficient:
+def correlated_noise(volatility: Coefficient, correlation: Callable[[Params], Tensor]) -> Coefficient:
     """Diffusion for `noise_type="general"` with correlated Brownian motions.
 
         s = diag(volatility) L,   L L' = correlation(p)   (L: Cholesky factor).
@@ -334,11 +339,15 @@ def concrete(x: Tensor) -> bool:
 def check_parameter(name: str, value) -> None:
     """Raise unless `value` can serve as the parameter `name`."""
     if name in RESERVED:
-        raise ArgumentError(f"a parameter may not be called `{name}`: that name means the initial state or the horizon.")
+        raise ArgumentError(
+            f"a parameter may not be called `{name}`: that name means the initial state or the horizon."
+        )
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"parameter `{name}` must be a tensor, got {value!r}: use torch.tensor(...).")
     if not value.is_floating_point():
-        raise DtypeError(f"parameter `{name}` must be floating, got {value.dtype}: use torch.tensor({value.tolist()!r:.40}, dtype=torch.float64).")
+        raise DtypeError(
+            f"parameter `{name}` must be floating, got {value.dtype}: use torch.tensor({value.tolist()!r:.40}, dtype=torch.float64)."
+        )
 
 
 def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:

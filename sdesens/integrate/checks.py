@@ -31,7 +31,9 @@ def check_finite_params(p: Params) -> None:
     """Raise NonFiniteError if a parameter holds NaN or infinity."""
     for name, value in p.items():
         if concrete(value) and not bool(torch.isfinite(value).all()):
-            raise NonFiniteError(f"parameter `{name}` holds NaN or infinite values: {value.detach().flatten()[:8].tolist()}.")
+            raise NonFiniteError(
+                f"parameter `{name}` holds NaN or infinite values: {value.detach().flatten()[:8].tolist()}."
+            )
 
 
 def check_shapes(sde: SDE, p: Params, t: Tensor, y: Tensor) -> int:
@@ -63,7 +65,9 @@ def check_shapes(sde: SDE, p: Params, t: Tensor, y: Tensor) -> int:
         raise ShapeError(f"`diffusion(t, y, p)` returned shape {shape} for y of shape {tuple(y.shape)}, but {hint}.")
     m = g[0].numel() if kind == "diagonal" else shape[-1]
     if sde.noise_dim not in (None, m):
-        raise ShapeError(f"`noise_dim` is {sde.noise_dim}, but `diffusion(t, y, p)` of shape {shape} has {m} components.")
+        raise ShapeError(
+            f"`noise_dim` is {sde.noise_dim}, but `diffusion(t, y, p)` of shape {shape} has {m} components."
+        )
     return m
 
 
@@ -110,7 +114,11 @@ def _check_jacobian(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:
         g = sde.diffusion(t, x, p)
         if not g.requires_grad:
             return
-        u, v = Philox(0, PROBE_STREAM).normals(0, g.numel(), 0, 1, 2, dtype=g.dtype, device=g.device)[0].T.reshape(2, *g.shape)
+        u, v = (
+            Philox(0, PROBE_STREAM)
+            .normals(0, g.numel(), 0, 1, 2, dtype=g.dtype, device=g.device)[0]
+            .T.reshape(2, *g.shape)
+        )
         Ju, Jv = (torch.autograd.grad(g, x, w, retain_graph=True, allow_unused=True)[0] for w in (u, v))
     if Ju is None:
         return
@@ -141,14 +149,14 @@ def _check_tensor(name: str, value, y: Tensor) -> None:
             "unless you need speed."
         )
     if value.device != y.device:
-        raise DtypeError(f"`{name}` returned a tensor on {value.device}, but the state is on {y.device}: use one device.")
+        raise DtypeError(
+            f"`{name}` returned a tensor on {value.device}, but the state is on {y.device}: use one device."
+        )
 
 
 def _remedy(kind: str, shape: tuple[int, ...], batch: int, event: tuple[int, ...]) -> str:
     if kind != "diagonal" and shape == (batch, *event):
-        return (
-            "add the noise axis, g.unsqueeze(-1), or declare noise_type='diagonal' if entry i depends on y_i alone"
-        )
+        return "add the noise axis, g.unsqueeze(-1), or declare noise_type='diagonal' if entry i depends on y_i alone"
     if kind == "diagonal" and len(shape) == 3:
         return "declare noise_type='general' (or 'scalar', 'additive'), or drop the last axis"
     if kind == "scalar" and len(shape) == 3:

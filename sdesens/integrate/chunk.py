@@ -88,9 +88,7 @@ def advance(sde: SDE, p: Params, t0: float, dt: Tensor, chunk: Chunk, y: Tensor,
 
 def normals(noise: Noise, first: int, count: int, chunk: Chunk, noise_dim: int, like: Tensor) -> Tensor:
     """The chunk's noise for `count` paths from `first`, shape (chunk.count, count, noise_dim)."""
-    return noise.normals(
-        first, count, chunk.start, chunk.count, noise_dim, dtype=like.dtype, device=like.device
-    )
+    return noise.normals(first, count, chunk.start, chunk.count, noise_dim, dtype=like.dtype, device=like.device)
 
 
 def sweep(

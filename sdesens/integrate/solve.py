@@ -79,7 +79,9 @@ def sdeint(
     require_ito(sde, "method='euler'")
     check_state("y0", y0)
     if y0.dim() < 2:
-        raise ShapeError(f"`y0` must have shape (B, *event), one row a path, got {tuple(y0.shape)}: use y0.expand(B, -1).")
+        raise ShapeError(
+            f"`y0` must have shape (B, *event), one row a path, got {tuple(y0.shape)}: use y0.expand(B, -1)."
+        )
     times = check_times(ts)
     n_steps = resolve_steps(times, dt, n_steps)
     outputs = grid_positions(times, n_steps)
@@ -100,7 +102,15 @@ def sdeint(
 
 
 def solve(
-    sde: SDE, p: Params, t0: float, dt: Tensor, outputs: tuple[int, ...], y0: Tensor, noise: Noise, first: int, noise_dim: int
+    sde: SDE,
+    p: Params,
+    t0: float,
+    dt: Tensor,
+    outputs: tuple[int, ...],
+    y0: Tensor,
+    noise: Noise,
+    first: int,
+    noise_dim: int,
 ) -> Tensor:
     """States at the grid indices `outputs`, shape (T, B, *event), of paths `first ...` from y0 (B, *event); no checks."""
     ys: list[Tensor] = [y0] * len(outputs)
@@ -112,10 +122,10 @@ def solve(
 
 def resolve_steps(times: Tensor, dt: float | None, n_steps: int | None) -> int:
     """The number of steps from either of the two ways to give it."""
-    if (dt is None) == (n_steps is None):
-        raise ArgumentTypeError("give one of `dt` and `n_steps`: the step is part of the question, it has no default.")
-    if n_steps is not None:
+    if n_steps is not None and dt is None:
         return n_steps
+    if dt is None or n_steps is not None:
+        raise ArgumentTypeError("give one of `dt` and `n_steps`: the step is part of the question, it has no default.")
     span = float(times[-1] - times[0])
     if not dt > 0 or not span / dt < 2**53:
         raise GridError(f"`dt` must be a positive number, got {dt!r}.")
@@ -143,11 +153,22 @@ def as_noise(bm, seed: int | None, times: Tensor, n_steps: int) -> Noise:
         return GivenNoise.from_increments(bm, dt)
     if callable(bm):
         return GivenNoise.from_increments(torch.stack([bm(t0 + n * dt, t0 + (n + 1) * dt) for n in range(n_steps)]), dt)
-    raise ArgumentTypeError(f"`bm` must be a noise source, a tensor of increments or bm(ta, tb), got {type(bm).__name__}.")
+    raise ArgumentTypeError(
+        f"`bm` must be a noise source, a tensor of increments or bm(ta, tb), got {type(bm).__name__}."
+    )
 
 
 def check_finite_paths(
-    ys: Tensor, sde: SDE, p: Params, t0: float, dt: Tensor, outputs, y0: Tensor, noise: Noise, first: int, noise_dim: int
+    ys: Tensor,
+    sde: SDE,
+    p: Params,
+    t0: float,
+    dt: Tensor,
+    outputs,
+    y0: Tensor,
+    noise: Noise,
+    first: int,
+    noise_dim: int,
 ) -> None:
     """Raise NonFiniteError, with path, step and time, if a state in ys (T, B, *event) is NaN or infinite."""
     bad = ~torch.isfinite(ys.detach()).flatten(2).all(2).all(0)  # (B,)
@@ -158,7 +179,9 @@ def check_finite_paths(
         everywhere = tuple(range(outputs[-1] + 1))
         step, culprit = outputs[-1], int(where[0])
         y = y0.detach()
-        for chunk, states in sweep(sde, p, t0, dt.detach(), plan(everywhere, chunk_length(noise_dim)), y, noise, first, noise_dim):
+        for chunk, states in sweep(
+            sde, p, t0, dt.detach(), plan(everywhere, chunk_length(noise_dim)), y, noise, first, noise_dim
+        ):
             broken = ~torch.isfinite(torch.stack(states)).flatten(2).all(2)  # (steps, B)
             if bool(broken.any()):
                 k = int(broken.any(1).nonzero()[0])
@@ -176,4 +199,4 @@ def check_finite_paths(
     )
 
 
-__all__ = ["sdeint", "solve", "normals"]
+__all__ = ["normals", "sdeint", "solve"]

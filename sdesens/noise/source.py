@@ -38,7 +38,8 @@ class Noise(Protocol):
         How many neighbouring paths form one independent unit: 1, or 2 for antithetic pairs.
     """
 
-    unit: int
+    @property
+    def unit(self) -> int: ...
 
     def normals(
         self, first: int, count: int, step: int, n_steps: int, dim: int, *, dtype: torch.dtype, device: torch.device
@@ -144,7 +145,9 @@ class GivenNoise:
 
     def __post_init__(self):
         if not isinstance(self.z, Tensor) or self.z.dim() != 3 or not self.z.is_floating_point():
-            raise ShapeError("`z` must be a floating tensor of shape (steps, paths, noise_dim), got " + _describe(self.z))
+            raise ShapeError(
+                "`z` must be a floating tensor of shape (steps, paths, noise_dim), got " + _describe(self.z)
+            )
         if not bool(torch.isfinite(self.z).all()):
             raise ArgumentError("`z` holds NaN or infinite values; every normal must be finite.")
         if self.path_weights is None:

@@ -1,15 +1,18 @@
 """How a path is differentiated: one file a method, one signature.
 
-    method(tile, theta) -> Contributions
+method(tile, theta) -> Contributions
 """
+
+from collections.abc import Callable
 
 from sdesens.sensitivity.adjoint import adjoint
 from sdesens.sensitivity.finite_difference import finite_difference
 from sdesens.sensitivity.forward import forward
 from sdesens.sensitivity.pathwise import pathwise
+from sdesens.sensitivity.tile import Contributions
 from sdesens.sensitivity.torchsde_adjoint import torchsde_adjoint
 
-METHODS = {
+METHODS: dict[str, Callable[..., Contributions]] = {
     "pathwise": pathwise,
     "forward": forward,
     "adjoint": adjoint,

@@ -76,7 +76,7 @@ def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
 
         states: tuple[Tensor, ...] = ()
         for k, unit in enumerate(units):
-            states, moved = jvp(run, (theta, y), (unit, tangents[k]))
+            states, moved = jvp(run, (theta, y), (unit, tangents[k]))  # type: ignore[misc]
             tangents[k] = moved[-1]
             for mark, output in chunk.outputs:
                 S[output][k] = moved[mark]
@@ -87,7 +87,7 @@ def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
     values, rows = tile.values(theta, path), []
     for k, unit in enumerate(units):
         tangent = torch.stack([S[output][k] for output in range(len(ys))])
-        values, row = jvp(tile.values, (theta, path), (unit, tangent))
+        values, row = jvp(tile.values, (theta, path), (unit, tangent))  # type: ignore[misc]
         rows.append(row.double())
     tile.check(theta, path, values)
     return Contributions(values, _unflatten(torch.stack(rows, 1), theta))

@@ -50,7 +50,7 @@ def pathwise(tile: Tile, theta: Theta, *, budget: int = STATE_BUDGET) -> Contrib
     """
     segments = _segments(tile.chunks, tile.start(theta), budget)
     with torch.no_grad():
-        ys, checkpoints, tape = _forward(tile, theta, segments)
+        ys, checkpoints, boundaries = _forward(tile, theta, segments)
     leaves = group_leaves(tile, theta)
     values, ys_bar, theta_bar = functional_pullback(tile, leaves, ys)
     tile.check(theta, ys, values)
@@ -58,12 +58,11 @@ def pathwise(tile: Tile, theta: Theta, *, budget: int = STATE_BUDGET) -> Contrib
     y_bar = torch.zeros_like(ys_bar[-1])
     for segment in reversed(segments):
         start = checkpoints.pop()
-        if tape is None:
+        if not boundaries:  # those of the last segment are at hand, the others are run again
             with torch.no_grad():
-                tape = _boundaries(tile, theta, segment, start)
+                boundaries = _boundaries(tile, theta, segment, start)
         for chunk in reversed(segment):
-            y_bar = _chunk_pullback(tile, leaves, chunk, tape.pop(), y_bar, ys_bar, theta_bar)
-        tape = None
+            y_bar = _chunk_pullback(tile, leaves, chunk, boundaries.pop(), y_bar, ys_bar, theta_bar)
     initial_pullback(tile, leaves, y_bar + ys_bar[0], theta_bar)
     return Contributions(values, group_means(tile, theta_bar))
 
@@ -78,17 +77,17 @@ def _forward(tile: Tile, theta: Theta, segments: list[list[Chunk]]) -> tuple[Ten
     """Outputs, the state at each segment's start, and the boundary states of the last segment."""
     y = tile.start(theta)
     ys = [y] * len(tile.problem.outputs)
-    checkpoints, tape = [], []
+    checkpoints, boundaries = [], []
     for segment in segments:
         checkpoints.append(y)
-        tape = [y]
+        boundaries = [y]
         for chunk, states in tile.sweep(theta, segment, y):
             for mark, output in chunk.outputs:
                 ys[output] = states[mark]
             y = states[-1]
             if segment is segments[-1]:
-                tape.append(y)
-    return torch.stack(ys), checkpoints, tape[:-1]
+                boundaries.append(y)
+    return torch.stack(ys), checkpoints, boundaries[:-1]
 
 
 def _boundaries(tile: Tile, theta: Theta, segment: list[Chunk], y: Tensor) -> list[Tensor]:

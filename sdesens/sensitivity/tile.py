@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from sdesens.errors import NonFiniteError
 from sdesens.integrate.chunk import Chunk, chunk_length, normals, plan, sweep
 from sdesens.integrate.solve import check_finite_paths, solve
 from sdesens.noise import Noise
 from sdesens.problem import Problem, Theta
-from sdesens.errors import NonFiniteError
 from sdesens.sde import RESERVED
 
 
@@ -67,7 +67,9 @@ class Tile:
     def sweep(self, theta: Theta, chunks: list[Chunk], y: Tensor):
         """Advance y (count, *event) over the chunks; yields (chunk, states at its marks)."""
         q = self.problem
-        return sweep(q.sde, q.params(theta), q.t0, q.step_size(theta), chunks, y, self.noise, self.first, self.noise_dim)
+        return sweep(
+            q.sde, q.params(theta), q.t0, q.step_size(theta), chunks, y, self.noise, self.first, self.noise_dim
+        )
 
     def paths(self, theta: Theta) -> Tensor:
         """States at the output times, shape (T, count, *event)."""

@@ -35,7 +35,9 @@ def torchsde_adjoint(tile: Tile, theta: Theta) -> Contributions:
     NonFiniteError
     """
     if "t1" in theta:
-        raise ArgumentError("`wrt` names 't1', which torchsde does not differentiate: leave out method 'torchsde_adjoint'.")
+        raise ArgumentError(
+            "`wrt` names 't1', which torchsde does not differentiate: leave out method 'torchsde_adjoint'."
+        )
     problem = tile.problem
     leaves = group_leaves(tile, theta)
     # torchsde accumulates parameters' gradients in tensors of their own; an expanded view would alias
@@ -78,7 +80,9 @@ class _Wrapped:
 
         def evaluate(theta, x, t):
             out = coefficient(t, x, problem.params(theta))
-            return out.expand(x.shape[0], *out.shape) if out.dim() == 2 and problem.sde.noise_type == "additive" else out
+            return (
+                out.expand(x.shape[0], *out.shape) if out.dim() == 2 and problem.sde.noise_type == "additive" else out
+            )
 
         return tile.map_groups(evaluate, (0, 0, None))(self.leaves, x, t).flatten(0, 1)
 
