@@ -36,10 +36,15 @@ class Noise(Protocol):
     ----------
     unit : int
         How many neighbouring paths form one independent unit: 1, or 2 for antithetic pairs.
+    n_steps : int or None
+        How many steps the source holds; None if it has an answer for any step of any grid.
     """
 
     @property
     def unit(self) -> int: ...
+
+    @property
+    def n_steps(self) -> int | None: ...
 
     def normals(
         self, first: int, count: int, step: int, n_steps: int, dim: int, *, dtype: torch.dtype, device: torch.device
@@ -88,6 +93,7 @@ class Philox:
     seed: int
     stream: int = 0
     unit: int = 1
+    n_steps: None = None
 
     def __post_init__(self):
         for name, low, high in (("seed", -(2**63), 2**64), ("stream", 0, 2**32)):
@@ -160,6 +166,10 @@ class GivenNoise:
         if not abs(total - 1.0) < 1e-6:
             raise ArgumentError(f"`path_weights` must sum to 1, they sum to {total!r}: divide by their sum.")
 
+    @property
+    def n_steps(self) -> int:
+        return self.z.shape[0]
+
     @classmethod
     def from_increments(cls, dW: Tensor, dt: float, path_weights: Tensor | None = None) -> "GivenNoise":
         """Noise from Brownian increments `dW` (N, B, m) over steps of length `dt`."""
@@ -197,6 +207,10 @@ class Antithetic:
             raise ArgumentError("Antithetic pairs the paths of a source whose `unit` is 1.")
         if self.source.weights(0, 1, dtype=torch.float64, device=torch.device("cpu")) is not None:
             raise ArgumentError("Antithetic cannot mirror weighted paths: their weights belong to their own nodes.")
+
+    @property
+    def n_steps(self) -> int | None:
+        return self.source.n_steps
 
     def normals(self, first, count, step, n_steps, dim, *, dtype, device):
         begin, end = first // 2, -(-(first + count) // 2)
@@ -242,6 +256,10 @@ class Coarsened:
     @property
     def unit(self) -> int:
         return self.source.unit
+
+    @property
+    def n_steps(self) -> int | None:
+        return None if self.source.n_steps is None else self.source.n_steps // self.factor
 
     def normals(self, first, count, step, n_steps, dim, *, dtype, device):
         f = self.factor
