@@ -19,7 +19,7 @@ Reference: G. Box, M. Muller, Ann. Math. Statist. 29 (1958) 610. This file knows
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -92,8 +92,8 @@ class Philox:
 
     seed: int
     stream: int = 0
-    unit: int = 1
-    n_steps: None = None
+    unit: ClassVar[int] = 1
+    n_steps: ClassVar[None] = None
 
     def __post_init__(self):
         for name, low, high in (("seed", -(2**63), 2**64), ("stream", 0, 2**32)):
@@ -102,8 +102,6 @@ class Philox:
                 raise ArgumentTypeError(f"`{name}` must be an int, got {value!r} ({type(value).__name__}).")
             if not low <= value < high:
                 raise ArgumentError(f"`{name}` must lie in [{low}, {high}), got {value}.")
-        if self.unit != 1:
-            raise ArgumentError(f"`unit` of Philox is 1, got {self.unit}; wrap it in Antithetic for pairs.")
 
     def normals(self, first, count, step, n_steps, dim, *, dtype, device):
         if first < 0 or first + count > 2**63:
@@ -147,7 +145,7 @@ class GivenNoise:
 
     z: Tensor
     path_weights: Tensor | None = None
-    unit: int = 1
+    unit: ClassVar[int] = 1
 
     def __post_init__(self):
         if not isinstance(self.z, Tensor) or self.z.dim() != 3 or not self.z.is_floating_point():
@@ -200,10 +198,10 @@ class Antithetic:
     """
 
     source: Noise
-    unit: int = 2
+    unit: ClassVar[int] = 2
 
     def __post_init__(self):
-        if self.source.unit != 1 or self.unit != 2:
+        if self.source.unit != 1:
             raise ArgumentError("Antithetic pairs the paths of a source whose `unit` is 1.")
         if self.source.weights(0, 1, dtype=torch.float64, device=torch.device("cpu")) is not None:
             raise ArgumentError("Antithetic cannot mirror weighted paths: their weights belong to their own nodes.")
