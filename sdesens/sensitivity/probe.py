@@ -1,0 +1,137 @@
+"""Everything about a problem that can be checked before a run, on a few short paths.
+
+Names, shapes, structure of the SDE, that the functional gives one number a path, and that every parameter asked for is
+reached by the graph of the result. A parameter that is not reached would get a missing gradient, or a zero that looks
+like an answer.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from sdesens.errors import (
+    ArgumentError,
+    DetachedError,
+    NotAFunctionError,
+    ShapeError,
+    SlowPathWarning,
+    UnusedParameterError,
+)
+from sdesens.integrate.checks import PROBE_PATHS, PROBE_STREAM, check_finite_params, check_sde, check_shapes
+from sdesens.integrate.chunk import Chunk, advance
+from sdesens.noise import Philox
+from sdesens.problem import Problem, Theta
+from sdesens.sde import require_ito
+from sdesens.sensitivity.tile import Tile, group_leaves
+
+
+def check_problem(problem: Problem, theta: Theta) -> int:
+    """Run every cheap check on a problem; returns the noise dimension.
+
+    Raises
+    ------
+    CalculusError, ShapeError, DtypeError, NonFiniteError, NotAFunctionError, NoiseStructureError, DetachedError,
+    UnusedParameterError
+    """
+    sde = problem.sde
+    require_ito(sde, "Euler-Maruyama")
+    p = problem.params({})
+    check_finite_params(p)
+    y0 = problem.initial({}).detach()
+    dt = problem.step_size({})
+    batch = y0.expand(PROBE_PATHS, *y0.shape)
+    with torch.no_grad():
+        noise_dim = check_shapes(sde, p, torch.tensor(problem.t0, dtype=y0.dtype, device=y0.device), batch)
+    check_sde(sde, p, problem.t0, dt, y0, noise_dim, 0)
+    _check_functional(problem, theta, noise_dim)
+    return noise_dim
+
+
+def _probe(problem: Problem, theta: Theta, noise_dim: int) -> Tensor:
+    """States (T, PROBE_PATHS, *event) of a short made-up path whose graph has every ingredient: first, middle, last step."""
+    y0 = problem.initial(theta)
+    y = y0.expand(PROBE_PATHS, *y0.shape)
+    states = [y]
+    p, dt = problem.params(theta), problem.step_size(theta)
+    for n in sorted({0, problem.n_steps // 2, problem.n_steps - 1}):
+        z = Philox(0, PROBE_STREAM).normals(0, PROBE_PATHS, n, 1, noise_dim, dtype=y.dtype, device=y.device)
+        y = advance(problem.sde, p, problem.t0, dt, _single_step(n), y, z)[-1]
+        states.append(y)
+    return torch.stack(
+        [states[0]] + [states[min(i, len(states) - 1)] for i in range(1, len(problem.outputs) - 1)] + [y]
+    )
+
+
+def _single_step(n: int) -> Chunk:
+    return Chunk(n, 1, (1,), ())
+
+
+def _check_functional(problem: Problem, theta: Theta, noise_dim: int) -> None:
+    leaves = {k: v.detach().requires_grad_() for k, v in theta.items()}
+    with torch.enable_grad():
+        ys = _probe(problem, leaves, noise_dim)
+        values = problem.functional(ys, problem.params(leaves))
+    wanted = f"one number a path, shape ({PROBE_PATHS},) for ys of shape {tuple(ys.shape)}"
+    if not isinstance(values, Tensor):
+        raise ShapeError(f"`functional(ys, p)` must return a tensor, {wanted}, got {type(values).__name__}.")
+    if values.shape != (PROBE_PATHS,):
+        raise ShapeError(
+            f"`functional(ys, p)` returned shape {tuple(values.shape)}, but must return {wanted}: ys is (T, B, *event), so a "
+            "terminal value is ys[-1, :, 0], without a mean over paths."
+        )
+    if not values.is_floating_point():
+        raise DetachedError(
+            f"`functional(ys, p)` returned {values.dtype}: a comparison or a cast cuts it off from the path and its pathwise "
+            "derivative is zero. Return floating numbers that depend on the path smoothly."
+        )
+    with torch.no_grad():
+        alone = torch.cat([problem.functional(ys[:, i : i + 1], problem.params(theta)) for i in range(PROBE_PATHS)])
+    scale = torch.finfo(ys.dtype).eps ** 0.5 * (1 + values.detach().abs().nan_to_num())
+    if bool(((alone - values.detach()).abs().nan_to_num() > scale).any()):
+        raise NotAFunctionError(
+            "`functional(ys, p)` mixes paths or is random: a path alone gives another number than in a batch. Reduce over "
+            "times and components, never over paths (dim 1 of ys)."
+        )
+    if not theta:
+        raise ArgumentError("there is nothing to differentiate in: give `wrt`, or parameters to the SDE.")
+    if not values.requires_grad:
+        raise DetachedError(
+            "`functional(ys, p)` returned a tensor that is cut off from the path and from the parameters (a comparison, "
+            "detach(), .item(), numpy, or a cast): its gradient would be missing, not zero."
+        )
+    found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+    unused = [name for name, g in zip(leaves, found, strict=True) if g is None]
+    if unused:
+        raise UnusedParameterError(
+            f"the result cannot depend on {', '.join(map(repr, unused))}: it enters neither drift, diffusion, initial state "
+            "nor functional as a tensor (or only detached). Remove it from `wrt`, or use it through p."
+        )
+
+
+def survives_vmap(problem: Problem, theta: Theta, noise_dim: int) -> bool:
+    """Whether the user's functions can be vectorised over groups; warns if not."""
+    y0 = problem.initial({})
+    tile = Tile(problem, Philox(0, PROBE_STREAM), 0, PROBE_PATHS, 2, noise_dim)
+
+    def run(th: Theta, z: Tensor) -> Tensor:
+        start = problem.initial(th)
+        step = _single_step(0)
+        y = advance(
+            problem.sde, problem.params(th), problem.t0, problem.step_size(th), step, start.expand(2, *start.shape), z
+        )
+        return tile.values(th, torch.stack([y[-1]] * len(problem.outputs)))
+
+    z = tile.per_group(tile.normals(_single_step(0), y0), 1)
+    try:
+        tile.map_groups(run, (0, 1))(group_leaves(tile, theta), z)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(
+            f"a coefficient or the functional cannot be vectorised by torch.func.vmap ({reason:.200}); groups of paths are "
+            "visited one by one, which is slower. Writing into a fresh tensor is the usual cause: use torch.stack instead.",
+            SlowPathWarning,
+            stacklevel=4,
+        )
+        return False
+    return True
