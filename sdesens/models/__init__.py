@@ -1,0 +1,24 @@
+"""Models: problems ready to run, most with a known answer.
+
+Each is a function of keyword arguments that returns a `Known`. `MODELS` names them as the command line does.
+"""
+
+from collections.abc import Callable
+
+from sdesens.models.black_scholes import gbm_call, gbm_digital
+from sdesens.models.brownian import brownian
+from sdesens.models.gbm import gbm
+from sdesens.models.known import Known
+from sdesens.models.ou import ou
+from sdesens.models.vasicek import vasicek
+
+MODELS: dict[str, Callable[..., Known]] = {
+    "brownian": brownian,
+    "gbm": gbm,
+    "gbm-call": gbm_call,
+    "gbm-digital": gbm_digital,
+    "ou": ou,
+    "vasicek": vasicek,
+}
+
+__all__ = ["MODELS", "Known", "brownian", "gbm", "gbm_call", "gbm_digital", "ou", "vasicek"]
