@@ -7,9 +7,13 @@ from collections.abc import Callable
 
 from sdesens.models.black_scholes import gbm_call, gbm_digital
 from sdesens.models.brownian import brownian
+from sdesens.models.cir import cir
 from sdesens.models.gbm import gbm
+from sdesens.models.heston import heston
 from sdesens.models.known import Known
+from sdesens.models.lotka_volterra import lotka_volterra
 from sdesens.models.ou import ou
+from sdesens.models.ou_nd import ou_nd
 from sdesens.models.vasicek import vasicek
 
 MODELS: dict[str, Callable[..., Known]] = {
@@ -18,7 +22,24 @@ MODELS: dict[str, Callable[..., Known]] = {
     "gbm-call": gbm_call,
     "gbm-digital": gbm_digital,
     "ou": ou,
+    "ou-nd": ou_nd,
     "vasicek": vasicek,
+    "cir": cir,
+    "heston": heston,
+    "lotka-volterra": lotka_volterra,
 }
 
-__all__ = ["MODELS", "Known", "brownian", "gbm", "gbm_call", "gbm_digital", "ou", "vasicek"]
+__all__ = [
+    "MODELS",
+    "Known",
+    "brownian",
+    "cir",
+    "gbm",
+    "gbm_call",
+    "gbm_digital",
+    "heston",
+    "lotka_volterra",
+    "ou",
+    "ou_nd",
+    "vasicek",
+]

@@ -42,8 +42,8 @@ class Known:
     """
 
     problem: Problem
-    exact: Callable[[Theta], Tensor] | None
-    scheme: Callable[[Theta], Tensor] | None
+    exact: Callable[[Theta], Tensor] | None = None
+    scheme: Callable[[Theta], Tensor] | None = None
     notes: str = ""
 
     @classmethod
