@@ -1,5 +1,6 @@
 """sdesens: sensitivities of stochastic differential equations, d/dtheta E[F(X)], with honest error bars."""
 
+from sdesens.crosscheck import Answer, CrossCheck, crosscheck
 from sdesens.errors import SdesensError, ZeroGradientWarning
 from sdesens.estimate import Estimate
 from sdesens.integrate import sdeint
@@ -14,8 +15,10 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "SDE",
+    "Answer",
     "Antithetic",
     "Coarsened",
+    "CrossCheck",
     "Estimate",
     "GivenNoise",
     "Noise",
@@ -27,6 +30,7 @@ __all__ = [
     "as_sde",
     "coarsen",
     "correlated_noise",
+    "crosscheck",
     "merge",
     "sdeint",
     "sensitivity",

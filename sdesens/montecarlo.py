@@ -10,7 +10,7 @@ gives the standard error, with a t quantile for their finite number. Methods tha
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -99,7 +99,7 @@ def sensitivity(
     *,
     n_paths: int,
     method: str = "pathwise",
-    wrt: tuple[str, ...] | list[str] | str | None = None,
+    wrt: Sequence[str] | str | None = None,
     seed: int = 0,
     noise: Noise | None = None,
     first_path: int = 0,
@@ -252,10 +252,14 @@ class _Run:
 
 
 def _tiles(start: int, end: int, tile_paths: int, group: int):
-    """(first, count, group) covering start ... end - 1; a last odd group becomes a tile of its own."""
+    """(first, count, group) covering start ... end - 1; a last odd group becomes a tile of its own.
+
+    A tile takes a lone group that would be left over along: torch sums one row in another order than a row of many, and
+    the bits would depend on `tile_paths`.
+    """
     while start < end:
         whole = (end - start) // group * group
-        count = min(tile_paths, whole) if whole else end - start
+        count = (whole if whole <= tile_paths + group else tile_paths) if whole else end - start
         yield start, count, group if whole else count
         start += count
 
@@ -278,14 +282,14 @@ def _weigh(c: Contributions, tile: Tile, n_paths: int, weighted: bool) -> dict[s
 def _moments(rows: list[tuple[int, dict[str, Tensor]]], unit: int) -> dict[str, Moments]:
     moments = {}
     for name in rows[0][1]:
-        parts = []
+        units: dict[int, list[Tensor]] = {}  # means by the units' size: where a tile ends must not show
         for paths, row in rows:
             means = row[name]
             size = paths // means.shape[0]
             if size < unit:  # paths of one unit are not independent: average them first
                 means, size = means.unflatten(0, (-1, unit // size)).mean(1), unit
-            parts.append(Moments.of_units(means, size))
-        moments[name] = total(parts)
+            units.setdefault(size, []).append(means)
+        moments[name] = total(Moments.of_units(torch.cat(means), size) for size, means in units.items())
     return moments
 
 
@@ -344,7 +348,7 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
     weighted = source.weights(first_path, 1, dtype=torch.float64, device=y0.device) is not None
     group, tile = _sizes(problem, theta, y0, noise_dim, n_paths, source.unit, weighted, method)
     if tile_paths is not None:
-        tile = max(tile_paths // group, 1) * group
+        tile = max(tile_paths // group, 2) * group
     fine = source if bias else None
     return _Run(
         problem, method, theta, source, fine, first_path, n_paths, group, tile, noise_dim, vectorised, weighted
@@ -362,4 +366,4 @@ def _sizes(problem, theta, y0, noise_dim, n_paths, unit, weighted, method) -> tu
     group = max(group // unit, 1) * unit
     while BLOCK % group:  # groups may not straddle blocks
         group -= unit
-    return group, max(most // group, 1) * group
+    return group, max(most // group, 2) * group

@@ -6,7 +6,7 @@ theta is a choice of parameters of the SDE, the initial state ("y0") and the hor
 question and checks its form; it computes nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -96,7 +96,7 @@ class Problem:
         """The same question on a grid of `n_steps` steps."""
         return replace(self, n_steps=n_steps)
 
-    def leaves(self, wrt: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+    def leaves(self, wrt: Sequence[str] | str | None = None) -> dict[str, Tensor]:
         """The tensors to differentiate in: parameters by name, "y0", "t1"; all parameters if `wrt` is None."""
         names = tuple(self.sde.params) if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
         known = (*self.sde.params, *RESERVED)

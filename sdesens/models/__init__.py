@@ -14,6 +14,7 @@ from sdesens.models.known import Known
 from sdesens.models.lotka_volterra import lotka_volterra
 from sdesens.models.ou import ou
 from sdesens.models.ou_nd import ou_nd
+from sdesens.models.tbill import tbill
 from sdesens.models.vasicek import vasicek
 
 MODELS: dict[str, Callable[..., Known]] = {
@@ -27,6 +28,7 @@ MODELS: dict[str, Callable[..., Known]] = {
     "cir": cir,
     "heston": heston,
     "lotka-volterra": lotka_volterra,
+    "tbill": tbill,
 }
 
 __all__ = [
@@ -41,5 +43,6 @@ __all__ = [
     "lotka_volterra",
     "ou",
     "ou_nd",
+    "tbill",
     "vasicek",
 ]

@@ -1,0 +1,159 @@
+"""The command line: `sdesens check` and `sdesens models`.
+
+Exit status: 0 when every check passes, 1 when one fails (or a path becomes non-finite), 2 for bad input.
+"""
+
+import importlib.util
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sdesens.crosscheck import Answer, CrossCheck, crosscheck
+from sdesens.errors import ArgumentError, NonFiniteError, SdesensError
+from sdesens.models import MODELS, Known
+from sdesens.problem import Problem
+
+app = typer.Typer(
+    help="Sensitivities of stochastic differential equations, with error bars.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def check(
+    target: Annotated[
+        str,
+        typer.Argument(help="A built-in problem (see `sdesens models`), or FILE.py:NAME.", metavar="NAME|FILE.py:NAME"),
+    ],
+    paths: Annotated[int, typer.Option(help="Monte Carlo paths.")] = 20_000,
+    steps: Annotated[int | None, typer.Option(help="Steps of the grid, instead of the problem's own.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    methods: Annotated[str | None, typer.Option(help="Comma-separated routes; all that apply if left out.")] = None,
+    wrt: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated parameters, 'y0' and 't1' among them; all parameters if left out."),
+    ] = None,
+    refine: Annotated[bool, typer.Option(help="Follow the routes as dt shrinks.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
+) -> None:
+    """Compute the sensitivities of a problem by several routes on the same noise, and say whether they agree."""
+    known = _load(target, steps)
+    names = _split(wrt)
+    answers = {
+        label: Answer(*known.answers(which, names), of_scheme=which == "scheme")
+        for label, which in (("exact scheme", "scheme"), ("closed form", "exact"))
+        if getattr(known, which) is not None
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what they say is in the table
+        result = crosscheck(
+            known.problem,
+            methods=_split(methods),
+            wrt=names,
+            n_paths=paths,
+            seed=seed,
+            refine=refine,
+            answers=answers,
+        )
+    if plot is not None:
+        from sdesens.plot import report
+
+        report(
+            known.problem,
+            next(iter(result.results[result.reference].gradient)),
+            result.refinement,
+            str(plot),
+            seed=seed,
+        )
+    if as_json:
+        print(json.dumps({"target": target, "seed": seed, **result.to_dict()}, indent=2, allow_nan=True))
+    else:
+        _show(target, known, result, plot)
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def models() -> None:
+    """List the built-in problems."""
+    table = Table("name", "what it is", "known answer")
+    for name, make in MODELS.items():
+        kinds = {"exact": "SDE", "scheme": "scheme"}
+        known = make()
+        answers = [word for attribute, word in kinds.items() if getattr(known, attribute) is not None]
+        table.add_row(name, (make.__doc__ or "").strip().splitlines()[0], " and ".join(answers) or "none")
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point: errors of the library become a message and an exit status."""
+    try:
+        app()
+    except NonFiniteError as error:
+        sys.exit(_complain(error, 1))
+    except SdesensError as error:
+        sys.exit(_complain(error, 2))
+
+
+def _complain(error: Exception, status: int) -> int:
+    print(f"sdesens: {error}", file=sys.stderr)
+    return status
+
+
+def _split(names: str | None) -> tuple[str, ...] | None:
+    return None if names is None else tuple(n.strip() for n in names.split(",") if n.strip())
+
+
+def _load(target: str, steps: int | None) -> Known:
+    """A built-in problem, or the user's own from FILE.py:NAME."""
+    if target in MODELS:
+        return MODELS[target]() if steps is None else MODELS[target](n_steps=steps)
+    file, colon, name = target.rpartition(":")
+    if not colon:
+        raise ArgumentError(f"{target!r} is neither a built-in problem ({', '.join(MODELS)}) nor FILE.py:NAME.")
+    path = Path(file)
+    if not path.is_file():
+        raise ArgumentError(f"there is no file {file!r}: give FILE.py:NAME, NAME being a Problem in that file.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ArgumentError(f"{file!r} is not a Python file: its name must end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if callable(found) and not isinstance(found, Problem | Known):
+        found = found()
+    if isinstance(found, Problem):
+        found = Known(found, None, None)
+    if not isinstance(found, Known):
+        names = [k for k, v in vars(module).items() if isinstance(v, Problem | Known)]
+        raise ArgumentError(f"{name!r} in {file!r} is not a Problem; that file has {', '.join(names) or 'none'}.")
+    # a chain's exact answer is stated for its own number of steps
+    return found if steps is None else replace(found, problem=found.problem.with_steps(steps), scheme=None)
+
+
+def _show(target: str, known: Known, result: CrossCheck, plot: Path | None) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    if known.notes:
+        console.print(known.notes, highlight=False, markup=False, soft_wrap=True)
+    console.print(result.table(narrow=console.width < 130))
+    console.print(result.cost_table())
+    failed = [c for c in result.comparisons if c.ok is False]
+    console.print(f"{target}: {len(failed)} of {len(result.comparisons)} checks failed." if failed else f"{target}: all {len(result.comparisons)} checks passed.")  # fmt: skip
+    if plot is not None:
+        console.print(f"picture: {plot}")
+
+
+if __name__ == "__main__":
+    main()
