@@ -43,7 +43,7 @@ def finite_difference(tile: Tile, theta: Theta, *, relative_step: float | None =
 
 
 def _bumped(theta: Theta, name: str, i: int, step: float) -> Theta:
-    bumped = theta[name].clone()
+    bumped = theta[name].clone(memory_format=torch.contiguous_format)
     bumped.view(-1)[i] += step
     return {**theta, name: bumped}
 

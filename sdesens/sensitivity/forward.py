@@ -56,7 +56,7 @@ def basis(theta: Theta) -> list[Tangents]:
     vectors = []
     for name, value in theta.items():
         for i in range(value.numel()):
-            unit = {k: torch.zeros_like(v) for k, v in theta.items()}
+            unit = {k: v.new_zeros(v.shape) for k, v in theta.items()}  # contiguous, whatever the layout of v
             unit[name].view(-1)[i] = 1.0
             vectors.append(unit)
     return vectors
@@ -64,9 +64,8 @@ def basis(theta: Theta) -> list[Tangents]:
 
 def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
     problem, units = tile.problem, basis(theta)
-    y, tangents = tile.start(theta), []
-    for unit in units:
-        tangents.append(jvp(lambda th: tile.start(th) + 0, (theta,), (unit,))[1])
+    y = tile.start(theta).contiguous()  # forward mode takes no expanded tensors
+    tangents = [jvp(lambda th: tile.start(th) + 0, (theta,), (unit,))[1].contiguous() for unit in units]
     ys, S = [y] * len(problem.outputs), [list(tangents) for _ in problem.outputs]  # S[output][direction]
     for chunk in tile.chunks:
         z = tile.normals(chunk, y)
@@ -98,7 +97,7 @@ def _by_jacobians(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
     y = tile.start(theta)
     event = y.shape[1:]
     d, B = math.prod(event), tile.count
-    S0 = _flatten(jacrev(lambda th: problem.initial(th) + 0)(theta), 1, d)  # (d, P)
+    S0 = _flatten(jacrev(lambda th: problem.initial(th) + 0)(theta), 1, d).to(y.dtype)  # (1, d, P)
     S = S0.expand(B, -1, -1)
     ys, tangents = [y] * len(problem.outputs), [S] * len(problem.outputs)
     for chunk in tile.chunks:
@@ -113,7 +112,7 @@ def _by_jacobians(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
         jacobians = vmap(jacrev(run, argnums=(0, 1), has_aux=True), in_dims=(None, 0, 1))
         (by_theta, by_y), states = jacobians(theta, y, tile.normals(chunk, y))
         by_y = by_y.reshape(B, -1, d, d)
-        by_theta = _flatten(by_theta, B, len(chunk.marks), d)  # (B, marks, d, P)
+        by_theta = _flatten(by_theta, B, len(chunk.marks), d).to(y.dtype)  # (B, marks, d, P)
         moved = by_y @ S[:, None] + by_theta
         for mark, output in chunk.outputs:
             ys[output], tangents[output] = states[:, mark], moved[:, mark]

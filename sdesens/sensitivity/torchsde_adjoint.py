@@ -80,9 +80,8 @@ class _Wrapped:
 
         def evaluate(theta, x, t):
             out = coefficient(t, x, problem.params(theta))
-            return (
-                out.expand(x.shape[0], *out.shape) if out.dim() == 2 and problem.sde.noise_type == "additive" else out
-            )
+            shared = out.dim() == 2 and coefficient is problem.sde.diffusion and problem.sde.noise_type == "additive"
+            return out.expand(x.shape[0], *out.shape) if shared else out
 
         return tile.map_groups(evaluate, (0, 0, None))(self.leaves, x, t).flatten(0, 1)
 
