@@ -19,10 +19,11 @@ from sdesens.errors import (
     DtypeError,
     GridError,
     NonFiniteError,
+    NotAFunctionError,
     ShapeError,
     UnknownParameterError,
 )
-from sdesens.sde import RESERVED, SDE, Params, concrete
+from sdesens.sde import RESERVED, SDE, Params, check_dtype, check_function, concrete
 
 Theta = Mapping[str, Tensor]
 
@@ -68,14 +69,23 @@ class Problem:
             raise ArgumentTypeError(
                 f"`sde` must be an SDE, got {type(self.sde).__name__}: use as_sde(module) for a torchsde-style object."
             )
-        if not callable(self.functional):
-            raise ArgumentTypeError(f"`functional` must be a function of (ys, p), got {self.functional!r}.")
+        check_function("functional", self.functional, ("ys", "p"))
         object.__setattr__(self, "ts", check_times(self.ts))
         object.__setattr__(self, "outputs", grid_positions(self.ts, self.n_steps))
         if isinstance(self.y0, Tensor):
             check_state("y0", self.y0)
         elif not callable(self.y0):
-            raise ArgumentTypeError(f"`y0` must be a tensor or a function of p, got {type(self.y0).__name__}.")
+            raise ArgumentTypeError(
+                f"`y0` must be a tensor or a function of p, got {type(self.y0).__name__}: use torch.tensor(...)."
+            )
+        else:
+            check_function("y0", self.y0, ("p",))
+            once, again = self.initial({}), self.initial({})
+            if concrete(once) and not torch.equal(once, again):
+                raise NotAFunctionError(
+                    "`y0(p)` returned two different results for the same p: it may not draw random numbers. Make a random "
+                    "initial state the first step's noise, or give a tensor."
+                )
 
     outputs: ClassVar[tuple[int, ...]] = ()  # grid index of each time in ts; set on each instance
 
@@ -98,7 +108,9 @@ class Problem:
 
     def leaves(self, wrt: Sequence[str] | str | None = None) -> dict[str, Tensor]:
         """The tensors to differentiate in: parameters by name, "y0", "t1"; all parameters if `wrt` is None."""
-        names = tuple(self.sde.params) if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
+        names = tuple(self.sde.params) if wrt is None else (wrt,) if isinstance(wrt, str) else wrt
+        if not isinstance(names, tuple | list):
+            raise ArgumentTypeError(f"`wrt` must be a name or a tuple of names, got {wrt!r}.")
         known = (*self.sde.params, *RESERVED)
         theta = {}
         for name in names:
@@ -109,7 +121,7 @@ class Problem:
                     "`wrt` names 'y0', but `y0` is computed from the parameters: differentiate in those, or give a tensor."
                 )
             if name in theta:
-                raise ArgumentError(f"`wrt` names {name!r} twice.")
+                raise ArgumentError(f"`wrt` names {name!r} twice: name each once.")
             if name == "t1":
                 theta[name] = torch.tensor(self.t1, dtype=torch.float64)
             else:
@@ -134,35 +146,47 @@ class Problem:
         return (t1 - self.t0) / self.n_steps
 
 
-def check_state(name: str, y0) -> None:
-    """Raise unless y0 can be an initial state."""
+def check_state(name: str, y0, *, batched: bool = False) -> None:
+    """Raise unless y0 can be an initial state: of one path, or of a batch with the paths along axis 0."""
     if not isinstance(y0, Tensor):
-        raise ArgumentTypeError(f"`{name}` must be a tensor, got {type(y0).__name__}.")
-    if not y0.is_floating_point():
-        raise DtypeError(f"`{name}` must be floating, got {y0.dtype}: an integer state cannot move; use y0.double().")
-    if y0.dim() < 1 or y0.numel() == 0:
-        raise ShapeError(
-            f"`{name}` must have shape (d,) with d >= 1, got {tuple(y0.shape)}: use y0[None] for a scalar state."
+        raise ArgumentTypeError(f"`{name}` must be a tensor, got {type(y0).__name__}: use torch.tensor(...).")
+    check_dtype(f"`{name}`", y0)
+    if y0.dim() < 1 + batched or y0.numel() == 0:
+        wanted, remedy = (
+            ("(B, d), one row a path,", "y0.expand(B, -1)") if batched else ("(d,)", "y0[None] for a number")
         )
+        raise ShapeError(f"`{name}` must have shape {wanted} with no empty axis, got {tuple(y0.shape)}: use {remedy}.")
     if concrete(y0) and not bool(torch.isfinite(y0).all()):
-        raise NonFiniteError(f"`{name}` holds NaN or infinite values: {y0.detach().flatten()[:8].tolist()}.")
+        raise NonFiniteError(
+            f"`{name}` holds NaN or infinite values: {y0.detach().flatten()[:8].tolist()}; every entry must be finite."
+        )
 
 
 def check_times(ts) -> Tensor:
     """Times as a float64 tensor on the CPU; raise GridError unless they increase."""
+    if isinstance(ts, tuple | list) and any(isinstance(t, Tensor) and t.requires_grad for t in ts):
+        raise ArgumentTypeError(
+            "`ts` is a sequence that holds a tensor which requires grad; its gradient would be lost: use torch.stack(...)."
+        )
     try:
-        ts = torch.as_tensor(ts).detach().to("cpu", torch.float64)
+        ts = torch.as_tensor(ts).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentTypeError(f"`ts` must be a sequence of times or a tensor, got {type(ts).__name__}.") from error
+        raise ArgumentTypeError(
+            f"`ts` must be a sequence of times or a tensor, got {type(ts).__name__}: use (t0, t1)."
+        ) from error
+    if ts.is_complex() or ts.dtype == torch.bool:
+        raise DtypeError(f"`ts` must hold real numbers, got {ts.dtype}: use torch.float64.")
+    ts = ts.to("cpu", torch.float64)
     if ts.dim() != 1 or ts.numel() < 2:
-        raise GridError(f"`ts` must hold at least two times, shape (T,), got shape {tuple(ts.shape)}.")
+        raise GridError(f"`ts` must hold at least two times, shape (T,), got shape {tuple(ts.shape)}: use (t0, t1).")
     if not bool(torch.isfinite(ts).all()):
-        raise GridError(f"`ts` must be finite, got {ts.tolist()}.")
+        raise GridError(f"`ts` must be finite, got {ts.tolist()}: give each time as a number.")
     steps = ts.diff()
     if not bool((steps > 0).all()):
         i = int((steps <= 0).nonzero()[0])
         raise GridError(
-            f"`ts` must increase strictly, but ts[{i}] = {float(ts[i])!r} is followed by ts[{i + 1}] = {float(ts[i + 1])!r}."
+            f"`ts` must increase strictly, but ts[{i}] = {float(ts[i])!r} is followed by "
+            f"ts[{i + 1}] = {float(ts[i + 1])!r}: sort the times and drop repeats."
         )
     return ts
 
@@ -170,9 +194,9 @@ def check_times(ts) -> Tensor:
 def grid_positions(ts: Tensor, n_steps: int) -> tuple[int, ...]:
     """Grid index of each time in ts on `n_steps` equal steps from ts[0] to ts[-1]; raise GridError if one is off it."""
     if isinstance(n_steps, bool) or not isinstance(n_steps, int):
-        raise ArgumentTypeError(f"`n_steps` must be an int, got {n_steps!r}.")
+        raise ArgumentTypeError(f"`n_steps` must be an int, got {n_steps!r}: use int(...).")
     if n_steps < 1:
-        raise GridError(f"`n_steps` must be at least 1, got {n_steps}.")
+        raise GridError(f"`n_steps` must be at least 1, got {n_steps}: choose enough steps for the accuracy you need.")
     exact = (ts - ts[0]) / (ts[-1] - ts[0]) * n_steps
     index = exact.round()
     # times given in float32 are good to 6e-8 of the span: 1.2e-7 n_steps steps, and a thousandth of a step of grace

@@ -18,6 +18,7 @@ Shapes: y is (B, *event), paths first. What `diffusion` returns depends on `nois
     general    (B, d, m)               anything
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -41,6 +42,7 @@ Coefficient = Callable[[Tensor, Tensor, Params], Tensor]
 NOISE_TYPES = ("diagonal", "scalar", "additive", "general")
 SDE_TYPES = ("ito", "stratonovich")
 RESERVED = ("y0", "t1")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +86,18 @@ class SDE:
 
     def __post_init__(self):
         for name in ("drift", "diffusion"):
-            if not callable(getattr(self, name)):
-                raise ArgumentTypeError(f"`{name}` must be a function of (t, y, p), got {getattr(self, name)!r}.")
+            check_function(name, getattr(self, name), ("t", "y", "p"))
         _check_choice("noise_type", self.noise_type, NOISE_TYPES)
         _check_choice("sde_type", self.sde_type, SDE_TYPES)
-        if self.noise_dim is not None and (not isinstance(self.noise_dim, int) or self.noise_dim < 1):
-            raise ArgumentError(f"`noise_dim` must be a positive int, got {self.noise_dim!r}.")
+        m = self.noise_dim
+        if m is not None and (isinstance(m, bool) or not isinstance(m, int) or m < 1):
+            raise ArgumentError(
+                f"`noise_dim` must be a positive int, got {m!r}: leave it out and it is read off the diffusion."
+            )
         if not isinstance(self.params, Mapping):
-            raise ArgumentTypeError(f"`params` must map names to tensors, got {type(self.params).__name__}.")
+            raise ArgumentTypeError(
+                f"`params` must map names to tensors, got {type(self.params).__name__}: use {{'mu': torch.tensor(0.1)}}."
+            )
         for name, value in self.params.items():
             check_parameter(name, value)
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
@@ -104,9 +110,11 @@ class SDE:
         for name, value in params.items():
             if name not in self.params:
                 raise UnknownParameterError(f"`{name}` is not a parameter of this SDE; it has {_names(self.params)}.")
+            check_parameter(name, value)
             if value.shape != self.params[name].shape:
                 raise ShapeError(
-                    f"parameter `{name}` has shape {tuple(self.params[name].shape)}, got {tuple(value.shape)}."
+                    f"parameter `{name}` has shape {tuple(self.params[name].shape)}, got {tuple(value.shape)}: with_params "
+                    "keeps shapes; make a new SDE to change them."
                 )
         return replace(self, params={**self.params, **params})
 
@@ -259,6 +267,9 @@ def with_running_integral(sde: SDE, integrand: Coefficient) -> SDE:
         With d + 1 components; start the last one at 0. Diagonal noise gains a noise-free component and stays diagonal.
         Euler-Maruyama sums the integrand at left points.
     """
+    if not isinstance(sde, SDE):
+        raise ArgumentTypeError(f"`sde` must be an SDE, got {type(sde).__name__}: use as_sde(module).")
+    check_function("integrand", integrand, ("t", "y", "p"))
     return replace(sde, drift=_IntegralDrift(sde, integrand), diffusion=_IntegralDiffusion(sde), noise_dim=None)
 
 
@@ -268,10 +279,17 @@ class _IntegralDrift:
     integrand: Coefficient
 
     def __call__(self, t, y, p):
+        if y.dim() != 2 or y.shape[1] < 2:
+            raise ShapeError(
+                f"with_running_integral needs states (B, d + 1), got shape {tuple(y.shape)}: append a 0 to `y0`."
+            )
         x = y[:, :-1]
         rate = self.integrand(t, x, p)
-        if rate.shape != x.shape[:1]:
-            raise ShapeError(f"`integrand(t, y, p)` must return shape ({x.shape[0]},), got {tuple(rate.shape)}.")
+        if not isinstance(rate, Tensor) or rate.shape != x.shape[:1]:
+            raise ShapeError(
+                f"`integrand(t, y, p)` must return shape (B,) = ({x.shape[0]},), got {describe(rate)}: one number a path, "
+                "such as y[:, 0]."
+            )
         return torch.cat((self.sde.drift(t, x, p), rate[:, None]), dim=1)
 
 
@@ -322,13 +340,21 @@ class _Correlated:
     correlation: Callable[[Params], Tensor]
 
     def __call__(self, t, y, p):
-        rho = self.correlation(p)
-        factor, info = torch.linalg.cholesky_ex(rho)
-        if concrete(info) and (int(info) != 0 or bool((rho.diagonal() - 1).abs().max() > 1e-6)):
-            raise ArgumentError(
-                f"`correlation(p)` must be positive definite with ones on the diagonal, got {rho.detach().tolist()}."
+        volatility, rho = self.volatility(t, y, p), self.correlation(p)
+        if volatility.shape != y.shape or rho.shape != y.shape[1:] * 2:
+            raise ShapeError(
+                f"`volatility(t, y, p)` must have the shape of y, {tuple(y.shape)}, and `correlation(p)` must be (d, d); got "
+                f"{tuple(volatility.shape)} and {tuple(rho.shape)}: write constants as torch.ones_like(y) times a number."
             )
-        return self.volatility(t, y, p).unsqueeze(-1) * factor
+        factor, info = torch.linalg.cholesky_ex(rho)
+        if concrete(rho):
+            off = max(float((rho.diagonal() - 1).abs().max()), float((rho - rho.mT).abs().max()))
+            if int(info) != 0 or not off <= 1e-6:
+                raise ArgumentError(
+                    "`correlation(p)` must be symmetric and positive definite with ones on the diagonal, got "
+                    f"{rho.detach().tolist()}: keep each |rho| < 1, for instance as tanh of a free parameter."
+                )
+        return volatility.unsqueeze(-1) * factor
 
 
 def concrete(x: Tensor) -> bool:
@@ -340,14 +366,38 @@ def check_parameter(name: str, value) -> None:
     """Raise unless `value` can serve as the parameter `name`."""
     if name in RESERVED:
         raise ArgumentError(
-            f"a parameter may not be called `{name}`: that name means the initial state or the horizon."
+            f"a parameter may not be called `{name}`: that name means the initial state or the horizon; rename it."
         )
+    if not isinstance(name, str):
+        raise ArgumentTypeError(f"`params` must have strings for names, got {name!r}: use {str(name)!r}.")
     if not isinstance(value, Tensor):
         raise ArgumentTypeError(f"parameter `{name}` must be a tensor, got {value!r}: use torch.tensor(...).")
-    if not value.is_floating_point():
+    if value.numel() == 0:
+        raise ShapeError(f"parameter `{name}` is empty, shape {tuple(value.shape)}: leave it out.")
+    check_dtype(f"parameter `{name}`", value)
+
+
+def check_dtype(what: str, value: Tensor) -> None:
+    """Raise DtypeError unless `value` has a floating dtype that torch computes in."""
+    if value.dtype not in DTYPES:
         raise DtypeError(
-            f"parameter `{name}` must be floating, got {value.dtype}: use torch.tensor({value.tolist()!r:.40}, dtype=torch.float64)."
+            f"{what} must be real and floating, got {value.dtype}: use torch.float64, or float32 for speed."
         )
+
+
+def check_function(name: str, function, arguments: tuple[str, ...]) -> None:
+    """Raise ArgumentTypeError unless `function` can be called with these positional arguments."""
+    wanted = f"`{name}` must be a function of ({', '.join(arguments)})"
+    if not callable(function):
+        raise ArgumentTypeError(f"{wanted}, got {function!r}.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ArgumentTypeError(f"{wanted}, but its arguments are {signature}: {error}.") from error
 
 
 def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
@@ -357,3 +407,8 @@ def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
 
 def _names(mapping: Mapping[str, Tensor]) -> str:
     return ", ".join(f"`{name}`" for name in mapping) or "none"
+
+
+def describe(x) -> str:
+    """What came, for an error message."""
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

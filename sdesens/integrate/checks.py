@@ -32,13 +32,15 @@ def check_finite_params(p: Params) -> None:
     for name, value in p.items():
         if concrete(value) and not bool(torch.isfinite(value).all()):
             raise NonFiniteError(
-                f"parameter `{name}` holds NaN or infinite values: {value.detach().flatten()[:8].tolist()}."
+                f"parameter `{name}` holds NaN or infinite values: {value.detach().flatten()[:8].tolist()}; every entry must "
+                "be finite."
             )
 
 
 def check_shapes(sde: SDE, p: Params, t: Tensor, y: Tensor) -> int:
     """Check one evaluation of drift and diffusion at y (B, *event); returns the noise dimension m."""
     batch, event = y.shape[0], tuple(y.shape[1:])
+    y = y.clone()  # a coefficient that writes into y must not reach the caller's tensor
     b = sde.drift(t, y, p)
     _check_tensor("drift(t, y, p)", b, y)
     if b.shape != y.shape:
@@ -63,10 +65,17 @@ def check_shapes(sde: SDE, p: Params, t: Tensor, y: Tensor) -> int:
             else f"noise_type={kind!r} needs {AXIS_HINT[kind]}: {_remedy(kind, shape, batch, event)}"
         )
         raise ShapeError(f"`diffusion(t, y, p)` returned shape {shape} for y of shape {tuple(y.shape)}, but {hint}.")
+    if kind == "additive" and g.dim() == 2:  # with as many paths as components, (B, d) looks like (d, m)
+        other = tuple(sde.diffusion(t, torch.cat((y, y[:1])), p).shape)
+        if other != shape:
+            raise ShapeError(
+                f"`diffusion(t, y, p)` returned shape {shape} for {batch} paths and {other} for {batch + 1}, but "
+                f"noise_type='additive' needs {AXIS_HINT[kind]}: {_remedy(kind, (batch, *event), batch, event)}."
+            )
     m = g[0].numel() if kind == "diagonal" else shape[-1]
     if sde.noise_dim not in (None, m):
         raise ShapeError(
-            f"`noise_dim` is {sde.noise_dim}, but `diffusion(t, y, p)` of shape {shape} has {m} components."
+            f"`noise_dim` is {sde.noise_dim}, but `diffusion(t, y, p)` of shape {shape} has {m} components: leave it out."
         )
     return m
 
@@ -74,8 +83,10 @@ def check_shapes(sde: SDE, p: Params, t: Tensor, y: Tensor) -> int:
 def check_structure(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:
     """Check that drift and diffusion are functions path by path, and that `noise_type` tells the truth, at states y."""
     for name in ("drift", "diffusion"):
-        function = getattr(sde, name)
+        function, written = getattr(sde, name), y._version
         once, again = function(t, y, p), function(t, y, p)
+        if y._version != written:
+            raise NotAFunctionError(f"`{name}(t, y, p)` writes into y: work on a copy, y.clone().")
         if not torch.equal(torch.nan_to_num(once), torch.nan_to_num(again)):
             raise NotAFunctionError(
                 f"`{name}(t, y, p)` returned two different results for the same arguments: it draws random numbers or keeps "
@@ -83,7 +94,14 @@ def check_structure(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:
             )
         if once.dim() == 2 and sde.noise_type == "additive" and name == "diffusion":
             continue
-        alone = torch.cat([function(t, y[i : i + 1], p) for i in range(y.shape[0])])
+        rows = [function(t, y[i : i + 1], p) for i in range(y.shape[0])]
+        if any(row.shape != once[:1].shape for row in rows):
+            raise ShapeError(
+                f"`{name}(t, y, p)` returned shape {tuple(rows[0].shape)} for one path, but {tuple(once.shape)} for "
+                f"{y.shape[0]}: it must keep axis 0 whatever the number of paths. Do not squeeze() it, and give parameters "
+                "no axis of paths."
+            )
+        alone = torch.cat(rows)
         scale = torch.finfo(y.dtype).eps ** 0.5 * (1 + once.abs().nan_to_num())
         if bool(((once - alone).abs().nan_to_num() > scale).any()):
             raise NotAFunctionError(
@@ -97,14 +115,14 @@ def check_structure(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:
 def check_sde(sde: SDE, p: Params, t0: float, dt: Tensor, y0: Tensor, noise_dim: int, seed: int) -> None:
     """Structural checks at the initial state and at states a few steps on, where the paths have separated."""
     with torch.no_grad():
-        y = y0.detach().expand(PROBE_PATHS, *y0.shape)
+        y = y0.detach().expand(PROBE_PATHS, *y0.shape).clone()
         p = {k: v.detach() for k, v in p.items()}
         dt = dt.detach().to(y.dtype)
         z = Philox(seed, PROBE_STREAM).normals(0, PROBE_PATHS, 0, 2, noise_dim, dtype=y.dtype, device=y.device)
         for k in range(2):
             t = torch.tensor(t0 + k * float(dt), dtype=y.dtype, device=y.device)
             y = euler.step(sde, p, t, dt, y, z[k] * dt.sqrt())
-        if bool(torch.isfinite(y).all()):  # a path that blows up is reported by the run, with its step
+        if concrete(y) and bool(torch.isfinite(y).all()):  # a path that blows up is reported by the run, with its step
             check_structure(sde, p, t, y)
 
 
@@ -142,7 +160,9 @@ def _check_jacobian(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:
 
 def _check_tensor(name: str, value, y: Tensor) -> None:
     if not isinstance(value, Tensor):
-        raise ShapeError(f"`{name}` must return a tensor, got {type(value).__name__}.")
+        raise ShapeError(
+            f"`{name}` must return a tensor, got {type(value).__name__}: use torch.ones_like(y) for constants."
+        )
     if value.dtype != y.dtype:
         raise DtypeError(
             f"`{name}` returned {value.dtype}, but the state is {y.dtype}: give `y0` and the parameters one dtype, float64 "

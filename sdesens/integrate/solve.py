@@ -15,7 +15,7 @@ from sdesens.integrate.checks import check_finite_params, check_sde, check_shape
 from sdesens.integrate.chunk import chunk_length, normals, plan, sweep
 from sdesens.noise import GivenNoise, Noise, Philox
 from sdesens.problem import check_state, check_times, grid_positions
-from sdesens.sde import SDE, Params, as_sde, concrete, require_ito
+from sdesens.sde import SDE, Params, as_sde, concrete, describe, require_ito
 
 METHODS = ("euler",)
 
@@ -77,11 +77,7 @@ def sdeint(
     if method not in METHODS:
         raise ArgumentError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
     require_ito(sde, "method='euler'")
-    check_state("y0", y0)
-    if y0.dim() < 2:
-        raise ShapeError(
-            f"`y0` must have shape (B, *event), one row a path, got {tuple(y0.shape)}: use y0.expand(B, -1)."
-        )
+    check_state("y0", y0, batched=True)
     times = check_times(ts)
     n_steps = resolve_steps(times, dt, n_steps)
     outputs = grid_positions(times, n_steps)
@@ -94,7 +90,7 @@ def sdeint(
         check_finite_params(p)
         if all(map(concrete, (y0, step, *p.values()))):
             check_sde(sde, p, t0, step, y0[0], noise_dim, 0)
-    noise = as_noise(bm, seed, times, n_steps)
+    noise = as_noise(bm, seed, times, n_steps, (y0.shape[0], noise_dim))
     ys = solve(sde, p, t0, step, outputs, y0, noise, 0, noise_dim)
     if check and concrete(ys):
         check_finite_paths(ys, sde, p, t0, step, outputs, y0, noise, 0, noise_dim)
@@ -126,9 +122,11 @@ def resolve_steps(times: Tensor, dt: float | None, n_steps: int | None) -> int:
         return n_steps
     if dt is None or n_steps is not None:
         raise ArgumentTypeError("give one of `dt` and `n_steps`: the step is part of the question, it has no default.")
+    if isinstance(dt, bool) or not isinstance(dt, int | float):
+        raise ArgumentTypeError(f"`dt` must be a float, got {dt!r}: use float(...), or give `n_steps`.")
     span = float(times[-1] - times[0])
     if not dt > 0 or not span / dt < 2**53:
-        raise GridError(f"`dt` must be a positive number, got {dt!r}.")
+        raise GridError(f"`dt` must be a positive number that fits the span of `ts`, got {dt!r}: or give `n_steps`.")
     count = round(span / dt)
     if count < 1 or abs(span / dt - count) > 1e-6 * max(1.0, count):
         raise GridError(
@@ -138,24 +136,33 @@ def resolve_steps(times: Tensor, dt: float | None, n_steps: int | None) -> int:
     return count
 
 
-def as_noise(bm, seed: int | None, times: Tensor, n_steps: int) -> Noise:
-    """A source of noise from what the caller passed as `bm` and `seed`."""
+def as_noise(bm, seed: int | None, times: Tensor, n_steps: int, shape: tuple[int, int]) -> Noise:
+    """A source of noise from what the caller passed as `bm` and `seed`; `shape` is (B, m), that of one increment."""
     if bm is None:
         return Philox(randbits(63) if seed is None else seed)
     if seed is not None:
         raise ArgumentError("give `bm` or `seed`, not both: the noise is either one.")
-    if isinstance(bm, Noise):
+    if isinstance(bm, Noise) and not isinstance(bm, type):
         return bm
+    if isinstance(bm, type) or not (isinstance(bm, Tensor) or callable(bm)):
+        raise ArgumentTypeError(
+            f"`bm` must be a noise source, a tensor of increments or bm(ta, tb), got {bm!r:.60}: use Philox(seed), or "
+            "torch.as_tensor(...) for an array."
+        )
     t0, dt = float(times[0]), float(times[-1] - times[0]) / n_steps
-    if isinstance(bm, Tensor):
-        if bm.dim() != 3 or bm.shape[0] != n_steps:
-            raise ShapeError(f"`bm` must hold increments of shape ({n_steps}, B, m), got {tuple(bm.shape)}.")
-        return GivenNoise.from_increments(bm, dt)
     if callable(bm):
-        return GivenNoise.from_increments(torch.stack([bm(t0 + n * dt, t0 + (n + 1) * dt) for n in range(n_steps)]), dt)
-    raise ArgumentTypeError(
-        f"`bm` must be a noise source, a tensor of increments or bm(ta, tb), got {type(bm).__name__}."
-    )
+        steps = [bm(t0 + n * dt, t0 + (n + 1) * dt) for n in range(n_steps)]
+        if not all(isinstance(dW, Tensor) and dW.shape == shape for dW in steps):
+            raise ShapeError(
+                f"`bm(ta, tb)` must return the increment, a tensor (B, m) = {shape}, got {describe(steps[0])}."
+            )
+        bm = torch.stack(steps)
+    if bm.shape != (n_steps, *shape):
+        raise ShapeError(
+            f"`bm` must hold increments of shape (n_steps, B, m) = {(n_steps, *shape)}, got {tuple(bm.shape)}: give one for "
+            "each step, path and Brownian motion."
+        )
+    return GivenNoise.from_increments(bm, dt)
 
 
 def check_finite_paths(
@@ -182,7 +189,7 @@ def check_finite_paths(
         for chunk, states in sweep(
             sde, p, t0, dt.detach(), plan(everywhere, chunk_length(noise_dim)), y, noise, first, noise_dim
         ):
-            broken = ~torch.isfinite(torch.stack(states)).flatten(2).all(2)  # (steps, B)
+            broken = ~torch.isfinite(torch.stack(states)).flatten(2).all(2) & bad  # (steps, B)
             if bool(broken.any()):
                 k = int(broken.any(1).nonzero()[0])
                 step, culprit = chunk.start + k + 1, int(broken[k].nonzero()[0])
