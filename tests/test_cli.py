@@ -1,0 +1,128 @@
+"""The command line as a user meets it: output, exit status, files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from sdesens.cli import app, main
+
+FAST = ["--paths", "400", "--steps", "16"]
+SOURCE = """
+import torch
+from sdesens import SDE, Problem
+
+one = torch.ones(1, dtype=torch.float64)
+sde = SDE(lambda t, y, p: -p["k"] * y, lambda t, y, p: 0.1 * y, {"k": 0.5 * one[0]})
+problem = Problem(sde, lambda ys, p: ys[-1, :, 0], y0=one, ts=(0.0, 1.0), n_steps=8)
+
+def factory():
+    return problem
+
+jump = Problem(sde, lambda ys, p: (ys[-1, :, 0] > 0.6).to(ys.dtype) + 0 * p["k"], y0=one, ts=(0.0, 1.0), n_steps=8)
+explosive = Problem(
+    SDE(lambda t, y, p: p["k"] * y**5, lambda t, y, p: 0.1 * y, {"k": 100 * one[0]}),
+    lambda ys, p: ys[-1, :, 0], y0=one, ts=(0.0, 1.0), n_steps=8,
+)
+not_a_problem = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(SOURCE)
+    return str(path)
+
+
+def run(*args, monkeypatch=None):
+    """Exit status of the real entry point."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["sdesens", *args])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    return stop.value.code or 0
+
+
+def test_check_prints_a_table_and_passes(capsys):
+    assert run("check", "vasicek", *FAST) == 0
+    out = capsys.readouterr().out
+    for word in ("kappa", "pathwise", "torchsde_adjoint", "closed form", "exact scheme", "checks passed"):
+        assert word in out
+
+
+def test_failed_check_exits_1(capsys, file):
+    assert run("check", f"{file}:jump", *FAST, "--methods", "pathwise,forward") == 1
+    assert "exactly zero on every path" in capsys.readouterr().out
+
+
+def test_non_finite_path_exits_1(capsys, file):
+    assert run("check", f"{file}:explosive", "--paths", "10") == 1
+    assert "became NaN or infinite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["problem", "factory"])
+def test_own_file(capsys, file, name):
+    assert run("check", f"{file}:{name}", "--paths", "400", "--methods", "pathwise,forward", "--no-refine") == 0
+    assert "2 of 2" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nonsense"], "neither a built-in problem"),
+        (["missing.py:problem"], "no file 'missing.py'"),
+        (["gbm", "--methods", "pathwyse"], "pathwyse"),
+        (["gbm", "--wrt", "nu"], "'nu'"),
+        (["gbm", "--paths", "1"], "`n_paths` must be at least 2"),
+        (["gbm", "--steps", "0"], "`n_steps` must be at least 1"),
+        (["gbm", "--seed", str(2**70)], "`seed` must lie in"),
+    ],
+)
+def test_bad_input_exits_2(capsys, args, message):
+    assert run("check", *args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_object_that_is_no_problem_exits_2(capsys, file):
+    assert run("check", f"{file}:not_a_problem") == 2
+    assert "problem" in capsys.readouterr().err
+
+
+def test_json_is_json(capsys):
+    assert run("check", "gbm", *FAST, "--json", "--no-refine", "--methods", "pathwise,forward") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["ok"] is True
+    assert set(data["results"]) == {"pathwise", "forward"}
+    assert data["results"]["pathwise"]["n_steps"] == 16
+
+
+def test_plot_writes_a_picture(capsys, tmp_path):
+    picture = tmp_path / "out.png"
+    assert run("check", "ou", *FAST, "--methods", "pathwise,adjoint", "--plot", str(picture)) == 0
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > 30_000  # four axes with lines, not an empty canvas
+
+
+def test_seed_changes_the_numbers_and_only_they(capsys):
+    numbers = []
+    for seed in ("1", "1", "2"):
+        run("check", "gbm", *FAST, "--json", "--no-refine", "--methods", "pathwise", "--seed", seed)
+        numbers.append(json.loads(capsys.readouterr().out)["results"]["pathwise"]["value"]["mean"])
+    assert numbers[0] == numbers[1] != numbers[2]
+
+
+def test_models_lists_all():
+    result = CliRunner().invoke(app, ["models"])
+    assert result.exit_code == 0
+    for name in ("brownian", "gbm-digital", "heston", "lotka-volterra", "tbill"):
+        assert name in result.stdout
+
+
+def test_module_runs_as_a_program():
+    done = subprocess.run([sys.executable, "-m", "sdesens.cli", "check", "nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "neither a built-in problem" in done.stderr

@@ -1,0 +1,150 @@
+"""The table of routes: right verdicts for right numbers, and wrong numbers caught."""
+
+import dataclasses
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from sdesens import Answer, Problem, crosscheck
+from sdesens.errors import ArgumentError
+from sdesens.models import MODELS, gbm, gbm_digital, ou
+from sdesens.sensitivity.adjoint import adjoint
+from sdesens.sensitivity.pathwise import pathwise
+
+module = sys.modules["sdesens.crosscheck"]  # the package has a function of that name
+
+SMALL = {"n_paths": 1000, "refine_paths": 500, "progress": False}
+
+
+def verdicts(check, method):
+    return {c.name: c.ok for c in check.comparisons if c.method == method}
+
+
+def test_every_route_agrees_on_gbm():
+    known = gbm(n_steps=32)
+    answers = {
+        "scheme": Answer(*known.answers("scheme"), of_scheme=True),
+        "sde": Answer(*known.answers("exact"), of_scheme=False),
+    }
+    check = crosscheck(known.problem, answers=answers, **SMALL)
+    assert check.ok
+    assert set(check.results) == set(module.METHODS)
+    assert len(check.comparisons) == 3 * (5 + 2) + 2  # three parameters by five routes and two answers; two values
+    for method in ("adjoint", "torchsde_adjoint"):
+        # 500 paths, heavy tails of x^2: the fitted order scatters by about 0.05 around 1/2
+        assert check.refinement.order(method) == pytest.approx(0.5, abs=0.15)
+        assert check.refinement.order(method, "error") == pytest.approx(0.5, abs=0.15)
+    assert check.refinement.order("pathwise", "error") == pytest.approx(0.5, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "caught"),
+    [
+        ("forward", lambda tile, theta: _scaled(pathwise(tile, theta), 1 + 1e-9), "not the same number"),
+        ("finite_difference", lambda tile, theta: _scaled(pathwise(tile, theta), 1.02), "not the same derivative"),
+        ("adjoint", lambda tile, theta: adjoint(tile, theta, corrected=False), "does not converge"),
+    ],
+)
+def test_wrong_route_is_caught(monkeypatch, name, broken, caught):
+    monkeypatch.setitem(module.METHODS, name, broken)
+    check = crosscheck(gbm(n_steps=32, sigma=0.5).problem, methods=("pathwise", name), wrt=("mu",), **SMALL)
+    assert not check.ok
+    assert caught in next(c.verdict for c in check.comparisons if c.method == name)
+
+
+@pytest.mark.parametrize("of_scheme", [True, False])
+def test_wrong_answer_is_caught(of_scheme):
+    known = ou(n_steps=16)
+    value, gradient = known.answers("scheme" if of_scheme else "exact")
+    wrong = {k: v * 1.5 for k, v in gradient.items()}
+    check = crosscheck(known.problem, answers={"wrong": Answer(value, wrong, of_scheme)}, methods="pathwise", **SMALL)
+    assert verdicts(check, "pathwise") == dict.fromkeys(gradient, True)
+    # 1000 paths resolve half of these gradients at more than 4.5 standard errors
+    assert verdicts(check, "wrong")["m"] is False
+    assert verdicts(check, "wrong")["value"] is True
+
+
+def test_silent_zero_of_a_jump_fails():
+    with pytest.warns(Warning, match="exactly zero on every path"):
+        check = crosscheck(gbm_digital(n_steps=16).problem, wrt=("sigma",), methods=("pathwise", "forward"), **SMALL)
+    assert verdicts(check, "pathwise") == {"sigma": False}
+
+
+def test_adjoint_is_not_judged_without_refinement():
+    problem = gbm(n_steps=16).problem
+    check = crosscheck(problem, methods=("pathwise", "adjoint"), wrt="mu", refine=False, n_paths=200)
+    assert set(verdicts(check, "adjoint").values()) == {None}
+    assert check.refinement is None
+    assert check.ok
+
+
+def test_reference_is_the_first_method_where_pathwise_is_left_out():
+    check = crosscheck(ou(n_steps=16).problem, methods=("forward", "finite_difference"), refine=False, n_paths=200)
+    assert check.reference == "forward"
+    assert check.ok
+
+
+def test_horizon_leaves_out_torchsde_and_says_so():
+    check = crosscheck(gbm(n_steps=16).problem, wrt=("mu", "t1"), refine=False, n_paths=200)
+    assert "torchsde_adjoint" not in check.results
+    assert "t1" in check.skipped["torchsde_adjoint"]
+    assert "torchsde_adjoint left out" in repr(check)
+
+
+def test_tensor_parameter_shows_its_worst_component():
+    check = crosscheck(MODELS["ou-nd"](n_steps=8).problem, methods=("pathwise", "forward"), refine=False, n_paths=200)
+    names = {c.name for c in check.comparisons}
+    assert any(name.startswith("A[") for name in names)
+    assert check.ok
+
+
+def test_refinement_starts_at_the_grid_itself_where_it_cannot_be_coarsened():
+    problem = dataclasses.replace(gbm(n_steps=9).problem, ts=(0.0, 1 / 9, 1.0))
+    study = crosscheck(problem, methods=("pathwise", "adjoint"), wrt=("mu",), **SMALL).refinement
+    assert study.n_steps == (9, 18, 36)
+
+
+def test_prints_and_serialises():
+    check = crosscheck(ou(n_steps=16).problem, methods=("pathwise", "adjoint"), **SMALL)
+    text = repr(check)
+    assert "kappa" in text
+    assert "adjoint" in text
+    assert "16 steps" in text
+    data = json.loads(json.dumps(check.to_dict()))
+    assert data["ok"] is True
+    assert data["results"]["pathwise"]["gradient"]["kappa"]["n"] == 1000
+    assert math.isclose(data["refinement"]["orders"]["adjoint"]["deviation"], check.refinement.order("adjoint"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"methods": ("pathwyse",)}, "pathwyse.*pathwise"), ({"methods": ()}, "`methods` is empty")],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        crosscheck(gbm(n_steps=8).problem, n_paths=10, **arguments)
+
+
+def test_peak_memory_sees_an_allocation():
+    measure = module.PeakMemory()
+    block = torch.ones(8_000_000, dtype=torch.float64)  # 61 MiB
+    del block
+    rise = measure.bytes()
+    if rise is None:
+        pytest.skip("the platform does not report peak memory")
+    assert 55 * 2**20 < rise < 90 * 2**20
+
+
+def test_float32_problem_agrees():
+    assert crosscheck(ou(n_steps=16, dtype=torch.float32).problem, **SMALL).ok
+
+
+def _scaled(contributions, factor):
+    return dataclasses.replace(contributions, gradients={k: v * factor for k, v in contributions.gradients.items()})
+
+
+def test_problem_type_is_kept():
+    assert isinstance(gbm(n_steps=8).problem, Problem)
