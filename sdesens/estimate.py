@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from sdesens.errors import ArgumentError, ShapeError
+from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
 
 
 class Interval(NamedTuple):
@@ -29,7 +29,7 @@ class Interval(NamedTuple):
     high: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Estimate:
     """A Monte Carlo mean and its standard error.
 
@@ -57,14 +57,22 @@ class Estimate:
     @classmethod
     def from_samples(cls, samples: Tensor) -> "Estimate":
         """From independent samples, shape (n, ...), n >= 2."""
+        if not isinstance(samples, Tensor):
+            raise ArgumentTypeError(
+                f"`samples` must be a tensor, got {type(samples).__name__}: use torch.as_tensor(...)."
+            )
+        if samples.is_complex():
+            raise ArgumentTypeError(f"`samples` must be real, got {samples.dtype}: estimate real and imaginary part.")
         if samples.dim() < 1 or samples.shape[0] < 2:
-            raise ShapeError(f"`samples` must hold at least two rows, got shape {tuple(samples.shape)}.")
+            raise ShapeError(
+                f"`samples` must hold at least two rows, got shape {tuple(samples.shape)}: one has no standard error."
+            )
         return Moments.of_units(samples, 1).estimate()
 
     def confidence_interval(self, level: float = 0.95) -> Interval:
         """Student's t interval: mean -+ quantile x standard error."""
         if not 0 < level < 1:
-            raise ArgumentError(f"`level` must lie strictly between 0 and 1, got {level}.")
+            raise ArgumentError(f"`level` must lie strictly between 0 and 1, got {level}: 0.95 is usual.")
         half = self._half_width(level)
         return Interval(self.mean - half, self.mean + half)
 
@@ -99,7 +107,7 @@ def _with_error(mean: float, half: float) -> str:
     return f"{mean:.6e} +/- {half:.1e}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Equation (1) for one block of paths."""
 

@@ -79,7 +79,7 @@ class Philox:
     Parameters
     ----------
     seed : int
-        Any 64-bit integer, signed or unsigned.
+        Any 64-bit integer, signed or unsigned; the two spellings of the same 64 bits, s and s + 2^64, are one seed.
     stream : int
         0 ... 2^32 - 1: an independent set of normals for the same seed.
 
@@ -99,9 +99,11 @@ class Philox:
         for name, low, high in (("seed", -(2**63), 2**64), ("stream", 0, 2**32)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise ArgumentTypeError(f"`{name}` must be an int, got {value!r} ({type(value).__name__}).")
+                raise ArgumentTypeError(
+                    f"`{name}` must be an int, got {value!r} ({type(value).__name__}): use int(...)."
+                )
             if not low <= value < high:
-                raise ArgumentError(f"`{name}` must lie in [{low}, {high}), got {value}.")
+                raise ArgumentError(f"`{name}` must lie in [{low}, {high}), got {value}: reduce it modulo {high}.")
 
     def normals(self, first, count, step, n_steps, dim, *, dtype, device):
         if first < 0 or first + count > 2**63:
@@ -156,9 +158,10 @@ class GivenNoise:
             raise ArgumentError("`z` holds NaN or infinite values; every normal must be finite.")
         if self.path_weights is None:
             return
-        if self.path_weights.shape != self.z.shape[1:2]:
+        if not isinstance(self.path_weights, Tensor) or self.path_weights.shape != self.z.shape[1:2]:
             raise ShapeError(
-                f"`path_weights` must have shape ({self.z.shape[1]},), one per path, got {tuple(self.path_weights.shape)}."
+                f"`path_weights` must have shape ({self.z.shape[1]},), one per path, got "
+                f"{_describe(self.path_weights)}."
             )
         total = float(self.path_weights.double().sum())
         if not abs(total - 1.0) < 1e-6:
@@ -171,14 +174,20 @@ class GivenNoise:
     @classmethod
     def from_increments(cls, dW: Tensor, dt: float, path_weights: Tensor | None = None) -> "GivenNoise":
         """Noise from Brownian increments `dW` (N, B, m) over steps of length `dt`."""
-        if not dt > 0:
-            raise ArgumentError(f"`dt` must be positive, got {dt}.")
+        if not isinstance(dW, Tensor) or dW.dim() != 3 or not dW.is_floating_point():
+            raise ShapeError(
+                "`dW` must be a floating tensor of increments, shape (steps, paths, noise_dim), got " + _describe(dW)
+            )
+        if not 0 < dt < math.inf:
+            raise ArgumentError(f"`dt` must be positive and finite, got {dt}: it is the length of one step.")
         return cls(dW / math.sqrt(dt), path_weights)
 
     def normals(self, first, count, step, n_steps, dim, *, dtype, device):
         steps, paths, width = self.z.shape
         if width != dim:
-            raise ShapeError(f"the given noise has {width} components, the SDE needs noise_dim = {dim}.")
+            raise ShapeError(
+                f"the given noise has {width} components, the SDE needs noise_dim = {dim}: give z of shape (N, B, {dim})."
+            )
         if first + count > paths or step + n_steps > steps:
             raise ArgumentError(
                 f"the given noise holds {paths} paths x {steps} steps, but path {first + count - 1} at step "
@@ -201,8 +210,9 @@ class Antithetic:
     unit: ClassVar[int] = 2
 
     def __post_init__(self):
+        _check_source(self.source)
         if self.source.unit != 1:
-            raise ArgumentError("Antithetic pairs the paths of a source whose `unit` is 1.")
+            raise ArgumentError("Antithetic pairs the paths of a source whose `unit` is 1: do not mirror twice.")
         if self.source.weights(0, 1, dtype=torch.float64, device=torch.device("cpu")) is not None:
             raise ArgumentError("Antithetic cannot mirror weighted paths: their weights belong to their own nodes.")
 
@@ -239,8 +249,9 @@ def coarsen(z: Tensor, factor: int) -> Tensor:
     >>> coarsen(torch.tensor([1.0, 1.0, 2.0, 0.0]), 2) * 2**0.5
     tensor([2., 2.])
     """
-    if factor < 1 or z.shape[0] % factor:
-        raise ArgumentError(f"`factor` must divide the {z.shape[0]} steps, got {factor}.")
+    _check_factor(factor)
+    if z.shape[0] % factor:
+        raise ArgumentError(f"`factor` must divide the {z.shape[0]} steps, got {factor}: choose a divisor.")
     return z.unflatten(0, (-1, factor)).sum(1) / math.sqrt(factor)
 
 
@@ -250,6 +261,10 @@ class Coarsened:
 
     source: Noise
     factor: int
+
+    def __post_init__(self):
+        _check_source(self.source)
+        _check_factor(self.factor)
 
     @property
     def unit(self) -> int:
@@ -265,6 +280,18 @@ class Coarsened:
 
     def weights(self, first, count, *, dtype, device):
         return self.source.weights(first, count, dtype=dtype, device=device)
+
+
+def _check_source(source) -> None:
+    if not isinstance(source, Noise) or isinstance(source, type):
+        raise ArgumentTypeError(f"`source` must be a noise source such as Philox(seed), got {source!r:.60}.")
+
+
+def _check_factor(factor) -> None:
+    if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+        raise ArgumentError(
+            f"`factor` must be a positive int, got {factor!r}: it is the number of fine steps in a coarse one."
+        )
 
 
 def _describe(x) -> str:
