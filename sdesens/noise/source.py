@@ -188,10 +188,10 @@ class GivenNoise:
             raise ShapeError(
                 f"the given noise has {width} components, the SDE needs noise_dim = {dim}: give z of shape (N, B, {dim})."
             )
-        if first + count > paths or step + n_steps > steps:
+        if min(first, step) < 0 or first + count > paths or step + n_steps > steps:
             raise ArgumentError(
-                f"the given noise holds {paths} paths x {steps} steps, but path {first + count - 1} at step "
-                f"{step + n_steps - 1} is needed: ask for n_paths <= {paths}, or give more noise."
+                f"the given noise holds {paths} paths x {steps} steps, but paths {first} ... {first + count - 1} at steps "
+                f"{step} ... {step + n_steps - 1} are needed: ask for n_paths <= {paths}, or give more noise."
             )
         return self.z[step : step + n_steps, first : first + count].to(dtype=dtype, device=device)
 
