@@ -83,9 +83,6 @@ def test_one_number_a_path_that_pickles(functional):
     assert functional(ys.float(), {k: v.float() for k, v in p.items()}).dtype == torch.float32
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
-)  # torch's own, on its first jvp
 @pytest.mark.parametrize("functional", EVERY, ids=repr)
 def test_derivatives_in_path_and_parameters(functional):
     ys, p = paths(), parameters()
