@@ -348,7 +348,8 @@ class _Correlated:
             )
         factor, info = torch.linalg.cholesky_ex(rho)
         if concrete(rho):
-            off = max(float((rho.diagonal() - 1).abs().max()), float((rho - rho.mT).abs().max()))
+            known = rho.detach()
+            off = max(float((known.diagonal() - 1).abs().max()), float((known - known.mT).abs().max()))
             if int(info) != 0 or not off <= 1e-6:
                 raise ArgumentError(
                     "`correlation(p)` must be symmetric and positive definite with ones on the diagonal, got "
