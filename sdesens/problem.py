@@ -168,14 +168,17 @@ def check_times(ts) -> Tensor:
         raise ArgumentTypeError(
             "`ts` is a sequence that holds a tensor which requires grad; its gradient would be lost: use torch.stack(...)."
         )
+    given = ts
     try:
-        ts = torch.as_tensor(ts).detach()
+        ts = torch.as_tensor(given).detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(
             f"`ts` must be a sequence of times or a tensor, got {type(ts).__name__}: use (t0, t1)."
         ) from error
     if ts.is_complex() or ts.dtype == torch.bool:
         raise DtypeError(f"`ts` must hold real numbers, got {ts.dtype}: use torch.float64.")
+    if not isinstance(given, Tensor):  # torch reads plain floats in its default dtype: 0.1 would be off by 1e-9
+        ts = torch.as_tensor(given, dtype=torch.float64).detach()
     ts = ts.to("cpu", torch.float64)
     if ts.dim() != 1 or ts.numel() < 2:
         raise GridError(f"`ts` must hold at least two times, shape (T,), got shape {tuple(ts.shape)}: use (t0, t1).")

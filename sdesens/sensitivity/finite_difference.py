@@ -3,7 +3,7 @@
     G_k = [ F(theta + h_k e_k) - F(theta - h_k e_k) ] / (2 h_k),   the same Z in both runs.      (1)
 
 Error O(h^2) against the scheme's own derivative where F is smooth. h_k = eps^(1/3) max(|theta_k|, 1e-3), which balances
-truncation against rounding. At a jump the mean is right as h -> 0 but its variance is O(1/h).
+truncation against rounding; a parameter that is zero has no scale of its own, and 1 stands in for |theta_k|. At a jump the mean is right as h -> 0 but its variance is O(1/h).
 """
 
 import torch
@@ -18,7 +18,7 @@ def finite_difference(tile: Tile, theta: Theta, *, relative_step: float | None =
     Parameters
     ----------
     relative_step : float, optional
-        h_k / max(|theta_k|, 1e-3); by default the cube root of the dtype's rounding unit.
+        h_k / max(|theta_k|, 1e-3), or h_k itself at theta_k = 0; by default the cube root of the dtype's rounding unit.
 
     Raises
     ------
@@ -34,7 +34,8 @@ def finite_difference(tile: Tile, theta: Theta, *, relative_step: float | None =
         for name, value in theta.items():
             columns = []
             for i in range(value.numel()):
-                step = relative * max(abs(float(value.flatten()[i])), 1e-3)
+                size = abs(float(value.flatten()[i]))
+                step = relative * (max(size, 1e-3) if size else 1.0)
                 up, down = (_bumped(theta, name, i, s) for s in (step, -step))
                 width = float(up[name].flatten()[i].double() - down[name].flatten()[i].double())  # as represented
                 columns.append((_values(tile, up).double() - _values(tile, down).double()) / width)
