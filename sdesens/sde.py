@@ -35,6 +35,7 @@ from sdesens.errors import (
     ShapeError,
     UnknownParameterError,
 )
+from sdesens.tensors import concrete, describe
 
 Params = Mapping[str, Tensor]
 Coefficient = Callable[[Tensor, Tensor, Params], Tensor]
@@ -358,11 +359,6 @@ class _Correlated:
         return volatility.unsqueeze(-1) * factor
 
 
-def concrete(x: Tensor) -> bool:
-    """Whether the values of x can be looked at: not under vmap, jvp or grad of torch.func, nor while compiling."""
-    return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
 def check_parameter(name: str, value) -> None:
     """Raise unless `value` can serve as the parameter `name`."""
     if name in RESERVED:
@@ -408,8 +404,3 @@ def _check_choice(name: str, value, choices: tuple[str, ...]) -> None:
 
 def _names(mapping: Mapping[str, Tensor]) -> str:
     return ", ".join(f"`{name}`" for name in mapping) or "none"
-
-
-def describe(x) -> str:
-    """What came, for an error message."""
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

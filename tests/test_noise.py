@@ -91,7 +91,7 @@ def words():
 
 
 def plain_box_muller(s1, s2, dtype=np.float64):
-    """The textbook formula, without the fold."""
+    """The formula as it stands."""
     u = ((s1.astype(np.int64) % 2**32).astype(dtype) + dtype(0.5)) * dtype(2.0**-32)
     angle = (s2.astype(dtype) + dtype(0.5)) * dtype(2 * np.pi * 2.0**-32)
     radius = np.sqrt(dtype(-2) * np.log(u))
@@ -111,12 +111,12 @@ def float32_error(normals32, normals64):
 
 
 def test_float32_normals_are_float64_normals_rounded(words):
-    # Four roundings of the angle, each 2^-24 of at most pi: 7.5e-7 radii. Radius: three roundings of w enter log through
-    # w / (1-w) / -log1p(-w) <= 1.44, halved by the root, with log, root and product: 4 x 2^-24 = 2.4e-7. cos: 1e-7.
+    # The angle, at most pi, is off by at most four roundings of 2^-24: 7.5e-7 radii. cos, sin and the product, the radius
+    # with its root: under 3e-7 more.
     bound = 1.1e-6
     exact = box_muller(words, F64)
     assert 1e-8 < float32_error(box_muller(words, F32), exact) < bound
-    with np.errstate(invalid="ignore"):  # negative control: without the fold, u near 1 is rounded to 1
+    with np.errstate(invalid="ignore"):  # negative control: u in float32: near 1 it is rounded to 1
         plain = [torch.from_numpy(x) for x in plain_box_muller(*(w.numpy() for w in words), dtype=np.float32)]
     assert float32_error(plain, exact) > 100 * bound
 
@@ -154,9 +154,9 @@ def test_the_ks_test_sees_three_per_cent_in_the_spread(samples):
     assert p_value < FALSE_ALARM / comparisons
 
 
-def test_the_ks_test_sees_a_forgotten_fold(words, samples):
+def test_the_ks_test_sees_half_of_the_uniforms(words, samples):
     s1, s2 = words
-    w = torch.where(s1 < 0, ~s1, s1)  # both halves of u treated as the lower one: the radius stays above sqrt(2 log 2)
+    w = torch.where(s1 < 0, ~s1, s1)  # u in (0, 1/2) only: the radius stays above sqrt(2 log 2)
     wrong = torch.stack(box_muller((w, s2), F64)).numpy()
     assert smallest_ks_p_value(wrong)[0] < FALSE_ALARM / 3
 

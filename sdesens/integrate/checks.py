@@ -15,7 +15,8 @@ from torch import Tensor
 from sdesens.errors import DtypeError, NoiseStructureError, NonFiniteError, NotAFunctionError, ShapeError
 from sdesens.integrate import euler
 from sdesens.noise import Philox
-from sdesens.sde import SDE, Params, concrete
+from sdesens.sde import SDE, Params
+from sdesens.tensors import concrete
 
 PROBE_PATHS = 4
 PROBE_STREAM = 0xFFFFFFFF  # away from any stream that a run uses
