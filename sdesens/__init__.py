@@ -9,6 +9,7 @@ from sdesens.noise import Antithetic, Coarsened, GivenNoise, Noise, Philox, coar
 from sdesens.problem import Problem
 from sdesens.sde import SDE, as_sde, correlated_noise, to_ito, to_stratonovich, with_running_integral
 from sdesens.sensitivity import METHODS
+from sdesens.sensitivity.tangent import TangentPaths, tangent_paths
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ __all__ = [
     "Problem",
     "SdesensError",
     "Sensitivity",
+    "TangentPaths",
     "ZeroGradientWarning",
     "as_sde",
     "coarsen",
@@ -34,6 +36,7 @@ __all__ = [
     "merge",
     "sdeint",
     "sensitivity",
+    "tangent_paths",
     "to_ito",
     "to_stratonovich",
     "with_running_integral",

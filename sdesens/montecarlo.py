@@ -358,9 +358,8 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
 def _sizes(problem, theta, y0, noise_dim, n_paths, unit, weighted, method) -> tuple[int, int]:
     """Paths a group and paths a tile, from the sizes of state, noise, outputs and tangents."""
     tangents = 1 + (sum(v.numel() for v in theta.values()) if method == "forward" else 0)
-    per_path = max(y0.numel() * tangents, noise_dim)
     kept = y0.numel() * tangents * len(problem.outputs) * y0.element_size()
-    most = max(min(TILE_NUMBERS // per_path, TILE_OUTPUT_BYTES // kept, BLOCK), 1)
+    most = max(min(TILE_NUMBERS // max(y0.numel(), noise_dim), TILE_OUTPUT_BYTES // kept, BLOCK), 1)
     group = GROUP if n_paths >= BLOCK else max(n_paths // 50, 1)  # a small run still gets 50 groups
     group = 1 if weighted else min(group, most)
     group = max(group // unit, 1) * unit

@@ -23,7 +23,8 @@ from sdesens.errors import (
     ShapeError,
     UnknownParameterError,
 )
-from sdesens.sde import RESERVED, SDE, Params, check_dtype, check_function, concrete
+from sdesens.sde import RESERVED, SDE, Params, check_dtype, check_function
+from sdesens.tensors import concrete
 
 Theta = Mapping[str, Tensor]
 
@@ -61,7 +62,7 @@ class Problem:
     sde: SDE
     functional: Callable[[Tensor, Params], Tensor]
     y0: Tensor | Callable[[Params], Tensor]
-    ts: Tensor
+    ts: Tensor | Sequence[float]
     n_steps: int
 
     def __post_init__(self):
@@ -71,7 +72,7 @@ class Problem:
             )
         check_function("functional", self.functional, ("ys", "p"))
         object.__setattr__(self, "ts", check_times(self.ts))
-        object.__setattr__(self, "outputs", grid_positions(self.ts, self.n_steps))
+        object.__setattr__(self, "outputs", grid_positions(self.times, self.n_steps))
         if isinstance(self.y0, Tensor):
             check_state("y0", self.y0)
         elif not callable(self.y0):
@@ -90,12 +91,18 @@ class Problem:
     outputs: ClassVar[tuple[int, ...]] = ()  # grid index of each time in ts; set on each instance
 
     @property
+    def times(self) -> Tensor:
+        """`ts` as a float64 tensor."""
+        assert isinstance(self.ts, Tensor)  # made so when the problem was
+        return self.ts
+
+    @property
     def t0(self) -> float:
-        return float(self.ts[0])
+        return float(self.times[0])
 
     @property
     def t1(self) -> float:
-        return float(self.ts[-1])
+        return float(self.times[-1])
 
     @property
     def dt(self) -> float:
@@ -123,7 +130,7 @@ class Problem:
             if name in theta:
                 raise ArgumentError(f"`wrt` names {name!r} twice: name each once.")
             if name == "t1":
-                theta[name] = torch.tensor(self.t1, dtype=torch.float64)
+                theta[name] = torch.tensor(self.t1, dtype=torch.float64, device=self.initial({}).device)
             else:
                 theta[name] = (self.initial({}) if name == "y0" else self.sde.params[name]).detach()
         return theta
@@ -142,7 +149,7 @@ class Problem:
 
     def step_size(self, theta: Theta) -> Tensor:
         """dt = (t1 - t0) / n_steps at theta: 0-dim float64 tensor."""
-        t1 = theta.get("t1", self.ts[-1])
+        t1 = theta.get("t1", self.times[-1])
         return (t1 - self.t0) / self.n_steps
 
 

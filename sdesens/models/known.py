@@ -100,7 +100,7 @@ class Formula:
 
     def __call__(self, theta: Theta) -> Tensor:
         p = {k: v.to(torch.float64) for k, v in self.problem.params(theta).items()}
-        t1 = theta.get("t1", self.problem.ts[-1])
+        t1 = theta.get("t1", self.problem.times[-1])
         return self.function(p, t1.to(torch.float64) - self.problem.t0, *self.rest)
 
 

@@ -37,10 +37,12 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     >>> [hex(int(w) & MASK) for w in philox4x32((zero, zero, zero, zero), (0, 0))]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    x0, x1, x2, x3 = counter
+    x0, x1, x2, x3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
     for _ in range(10):
-        low, high = (x0 & MASK) * M0, (x2 & MASK) * M1
-        x0, x1, x2, x3 = (high >> 32) ^ x1 ^ (k0 & MASK), high, (low >> 32) ^ x3 ^ (k1 & MASK), low
+        low, high = (x0 & MASK).mul_(M0), (x2 & MASK).mul_(M1)
+        x0 = (high >> 32).bitwise_xor_(x1).bitwise_xor_(k0 & MASK)
+        x2 = (low >> 32).bitwise_xor_(x3).bitwise_xor_(k1 & MASK)
+        x1, x3 = high, low
         k0, k1 = k0 + W0, k1 + W1
     return tuple(x.to(torch.int32) for x in (x0, x1, x2, x3))

@@ -11,8 +11,8 @@ Normals are the Box-Muller transform of Philox words (s1, s2), read as signed 32
 
     u = (s1 + 1/2) / 2^32 mod 1,   a = 2 pi (s2 + 1/2) / 2^32,   (Z, Z') = sqrt(-2 log u) (cos a, sin a).   (2)
 
-u is folded to the nearer of 0 and 1 before the logarithm, so float32 sees the same normal as float64 to rounding;
-the plain formula would lose the digits of u near 1. The largest |Z| is 6.7.
+The radius is computed in float64 for every dtype: float32 would lose the digits of u near 1, and a normal would not be the
+same number in both. The largest |Z| is 6.7.
 
 Reference: G. Box, M. Muller, Ann. Math. Statist. 29 (1958) 610. This file knows nothing of SDEs.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
 from sdesens.noise.philox import MASK, philox4x32
+from sdesens.tensors import concrete, describe
 
 
 @runtime_checkable
@@ -61,9 +62,9 @@ def box_muller(words: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, .
     """Standard normals from an even number of int32 words, pair by pair, equation (2)."""
     normals: list[Tensor] = []
     for s1, s2 in zip(words[::2], words[1::2], strict=True):
-        upper = s1 < 0  # u in (1/2, 1): hold w = 1 - u instead
-        w = (torch.where(upper, ~s1, s1).to(dtype) + 0.5) * 2.0**-32
-        radius = torch.sqrt(-2.0 * torch.where(upper, torch.log1p(-w), torch.log(w)))
+        u = s1.double() * 2.0**-32 + 2.0**-33  # exact, and so is the next line
+        u = u - torch.floor(u)
+        radius = torch.sqrt((-2.0 * torch.log(u)).to(dtype))
         angle = (s2.to(dtype) + 0.5) * (2.0**-32 * 2.0 * math.pi)
         normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return tuple(normals)
@@ -152,16 +153,15 @@ class GivenNoise:
     def __post_init__(self):
         if not isinstance(self.z, Tensor) or self.z.dim() != 3 or not self.z.is_floating_point():
             raise ShapeError(
-                "`z` must be a floating tensor of shape (steps, paths, noise_dim), got " + _describe(self.z)
+                "`z` must be a floating tensor of shape (steps, paths, noise_dim), got " + describe(self.z)
             )
-        if not bool(torch.isfinite(self.z).all()):
+        if concrete(self.z) and not bool(torch.isfinite(self.z).all()):
             raise ArgumentError("`z` holds NaN or infinite values; every normal must be finite.")
         if self.path_weights is None:
             return
         if not isinstance(self.path_weights, Tensor) or self.path_weights.shape != self.z.shape[1:2]:
             raise ShapeError(
-                f"`path_weights` must have shape ({self.z.shape[1]},), one per path, got "
-                f"{_describe(self.path_weights)}."
+                f"`path_weights` must have shape ({self.z.shape[1]},), one per path, got {describe(self.path_weights)}."
             )
         total = float(self.path_weights.double().sum())
         if not abs(total - 1.0) < 1e-6:
@@ -176,7 +176,7 @@ class GivenNoise:
         """Noise from Brownian increments `dW` (N, B, m) over steps of length `dt`."""
         if not isinstance(dW, Tensor) or dW.dim() != 3 or not dW.is_floating_point():
             raise ShapeError(
-                "`dW` must be a floating tensor of increments, shape (steps, paths, noise_dim), got " + _describe(dW)
+                "`dW` must be a floating tensor of increments, shape (steps, paths, noise_dim), got " + describe(dW)
             )
         if not 0 < dt < math.inf:
             raise ArgumentError(f"`dt` must be positive and finite, got {dt}: it is the length of one step.")
@@ -246,8 +246,8 @@ def coarsen(z: Tensor, factor: int) -> Tensor:
 
     Example
     -------
-    >>> coarsen(torch.tensor([1.0, 1.0, 2.0, 0.0]), 2) * 2**0.5
-    tensor([2., 2.])
+    >>> coarsen(torch.tensor([1.0, 1.0, 2.0, 0.0, 1.0, 1.0, -1.0, -1.0]), 4)
+    tensor([2., 0.])
     """
     _check_factor(factor)
     if z.shape[0] % factor:
@@ -282,6 +282,38 @@ class Coarsened:
         return self.source.weights(first, count, dtype=dtype, device=device)
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Normals of a few paths drawn once and kept, for a method that sweeps over them several times.
+
+    Parameters
+    ----------
+    source : Noise
+    z : Tensor, shape (N, B, m)
+        What `source` answers for all steps of paths `first ... first + B - 1`.
+    first : int
+    """
+
+    source: Noise
+    z: Tensor
+    first: int
+
+    @property
+    def unit(self) -> int:
+        return self.source.unit
+
+    @property
+    def n_steps(self) -> int:
+        return self.z.shape[0]
+
+    def normals(self, first, count, step, n_steps, dim, *, dtype, device):
+        begin = first - self.first
+        return self.z[step : step + n_steps, begin : begin + count]
+
+    def weights(self, first, count, *, dtype, device):
+        return self.source.weights(first, count, dtype=dtype, device=device)
+
+
 def _check_source(source) -> None:
     if not isinstance(source, Noise) or isinstance(source, type):
         raise ArgumentTypeError(f"`source` must be a noise source such as Philox(seed), got {source!r:.60}.")
@@ -292,7 +324,3 @@ def _check_factor(factor) -> None:
         raise ArgumentError(
             f"`factor` must be a positive int, got {factor!r}: it is the number of fine steps in a coarse one."
         )
-
-
-def _describe(x) -> str:
-    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

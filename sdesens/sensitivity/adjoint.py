@@ -40,7 +40,7 @@ def adjoint(tile: Tile, theta: Theta, *, corrected: bool = True) -> Contribution
     ------
     NonFiniteError
     """
-    problem = tile.problem
+    problem, tile = tile.problem, tile.holding_noise(tile.start(theta))
     with torch.no_grad():
         ys = tile.paths(theta)
     leaves = group_leaves(tile, theta)

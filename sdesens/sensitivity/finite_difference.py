@@ -25,6 +25,7 @@ def finite_difference(tile: Tile, theta: Theta, *, relative_step: float | None =
     NonFiniteError
     """
     theta = {k: v.detach() for k, v in theta.items()}
+    tile = tile.holding_noise(tile.start(theta))
     with torch.no_grad():
         ys = tile.paths(theta)
         values = tile.values(theta, ys)

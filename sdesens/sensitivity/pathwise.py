@@ -48,7 +48,9 @@ def pathwise(tile: Tile, theta: Theta, *, budget: int = STATE_BUDGET) -> Contrib
     ------
     NonFiniteError
     """
-    segments = _segments(tile.chunks, tile.start(theta), budget)
+    y0 = tile.start(theta)
+    segments = _segments(tile.chunks, y0, budget)
+    tile = tile.holding_noise(y0)
     with torch.no_grad():
         ys, checkpoints, boundaries = _forward(tile, theta, segments)
     leaves = group_leaves(tile, theta)

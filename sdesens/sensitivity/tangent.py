@@ -82,4 +82,4 @@ def tangent_paths(
         mine = columns[reached : reached + value.numel()]
         tangents[name] = torch.stack(mine, -1).reshape(*ys.shape, *value.shape)
         reached += value.numel()
-    return TangentPaths(dense.ts, ys, tangents)
+    return TangentPaths(dense.times, ys, tangents)

@@ -10,7 +10,7 @@ group, at the cost of one. The spread between groups is what the standard error 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ from torch.func import vmap
 from sdesens.errors import NonFiniteError
 from sdesens.integrate.chunk import Chunk, chunk_length, normals, plan, sweep
 from sdesens.integrate.solve import check_finite_paths, solve
-from sdesens.noise import Noise
+from sdesens.noise import Held, Noise
 from sdesens.problem import Problem, Theta
 from sdesens.sde import RESERVED
+
+
+HELD_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,14 @@ class Tile:
     def normals(self, chunk: Chunk, like: Tensor) -> Tensor:
         """The chunk's noise, shape (steps, count, noise_dim)."""
         return normals(self.noise, self.first, self.count, chunk, self.noise_dim, like)
+
+    def holding_noise(self, like: Tensor) -> "Tile":
+        """This tile with its noise kept in memory if that is cheap: a method that sweeps twice then draws it once."""
+        numbers = self.problem.n_steps * self.count * self.noise_dim
+        if numbers * like.element_size() > HELD_BYTES:
+            return self
+        z = torch.cat([self.normals(chunk, like) for chunk in self.chunks])
+        return replace(self, noise=Held(self.noise, z, self.first))
 
     def start(self, theta: Theta) -> Tensor:
         """Initial states, shape (count, *event)."""
