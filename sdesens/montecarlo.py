@@ -345,7 +345,13 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
     noise_dim = check_problem(problem, theta)
     vectorised = survives_vmap(problem, theta, noise_dim)
     y0 = problem.initial({})
-    weighted = source.weights(first_path, 1, dtype=torch.float64, device=y0.device) is not None
+    weights = source.weights(first_path, n_paths, dtype=torch.float64, device=y0.device)
+    weighted = weights is not None
+    if weights is not None and not abs(float(weights.sum()) - 1.0) < 1e-6:
+        raise ArgumentError(
+            f"the weights of paths {first_path} ... {first_path + n_paths - 1} sum to {float(weights.sum())!r}, not 1: a "
+            "weighted sum needs all its paths in one run."
+        )
     group, tile = _sizes(problem, theta, y0, noise_dim, n_paths, source.unit, weighted, method)
     if tile_paths is not None:
         tile = max(tile_paths // group, 2) * group

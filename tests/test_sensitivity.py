@@ -11,11 +11,11 @@ import pytest
 import torch
 from problems import (
     CPU,
-    D,
     F64,
     GBM,
     NOISE_DIM,
     OU,
+    D,
     by_path,
     gauss_hermite,
     gbm_diffusion,
