@@ -32,6 +32,7 @@ from sdesens.sensitivity.tile import Contributions, Tile
 
 BLOCK = 10_000  # paths a block; a multiple of GROUP
 GROUP = 200  # paths a group in reverse mode
+ROW = 8  # tiles are cut at multiples of so many groups, see `_tiles`
 TILE_NUMBERS = 40_000  # numbers in one state tensor of a tile: a few of them fit the second-level cache
 TILE_OUTPUT_BYTES = 64 * 2**20  # states (and tangents) kept for the functional
 
@@ -254,8 +255,9 @@ class _Run:
 def _tiles(start: int, end: int, tile_paths: int, group: int):
     """(first, count, group) covering start ... end - 1; a last odd group becomes a tile of its own.
 
-    A tile takes a lone group that would be left over along: torch sums one row in another order than a row of many, and
-    the bits would depend on `tile_paths`.
+    A batched matrix product takes neighbouring rows two (float64) or four (float32) at a time, and a lone row in another
+    order of summation. So that the bits do not depend on `tile_paths`, it is a multiple of ROW groups, and a lone group
+    that would be left over goes with the tile before it.
     """
     while start < end:
         whole = (end - start) // group * group
@@ -334,7 +336,7 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
         if number < least:
             raise ArgumentError(f"`{name}` must be at least {least}, got {number}.")
     source = Philox(seed) if noise is None else noise
-    if not isinstance(source, Noise):
+    if not isinstance(source, Noise) or isinstance(source, type):
         raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
     if n_paths % source.unit or first_path % source.unit:
         raise ArgumentError(f"antithetic paths come in pairs: `n_paths` = {n_paths} and `first_path` must be even.")
@@ -354,7 +356,7 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
         )
     group, tile = _sizes(problem, theta, y0, noise_dim, n_paths, source.unit, weighted, method)
     if tile_paths is not None:
-        tile = max(tile_paths // group, 2) * group
+        tile = max(tile_paths // (ROW * group), 1) * ROW * group
     fine = source if bias else None
     return _Run(
         problem, method, theta, source, fine, first_path, n_paths, group, tile, noise_dim, vectorised, weighted
@@ -367,8 +369,8 @@ def _sizes(problem, theta, y0, noise_dim, n_paths, unit, weighted, method) -> tu
     kept = y0.numel() * tangents * len(problem.outputs) * y0.element_size()
     most = max(min(TILE_NUMBERS // max(y0.numel(), noise_dim), TILE_OUTPUT_BYTES // kept, BLOCK), 1)
     group = GROUP if n_paths >= BLOCK else max(n_paths // 50, 1)  # a small run still gets 50 groups
-    group = 1 if weighted else min(group, most)
+    group = 1 if weighted else min(group, max(most // ROW, 1))
     group = max(group // unit, 1) * unit
     while BLOCK % group:  # groups may not straddle blocks
         group -= unit
-    return group, max(most // group, 2) * group
+    return group, max(most // (ROW * group), 1) * ROW * group

@@ -15,7 +15,7 @@ from torch import Tensor
 from sdesens.errors import DtypeError, NoiseStructureError, NonFiniteError, NotAFunctionError, ShapeError
 from sdesens.integrate import euler
 from sdesens.noise import Philox
-from sdesens.sde import SDE, Params
+from sdesens.sde import SDE, Coefficient, Params
 from sdesens.tensors import concrete
 
 PROBE_PATHS = 4
@@ -42,14 +42,14 @@ def check_shapes(sde: SDE, p: Params, t: Tensor, y: Tensor) -> int:
     """Check one evaluation of drift and diffusion at y (B, *event); returns the noise dimension m."""
     batch, event = y.shape[0], tuple(y.shape[1:])
     y = y.clone()  # a coefficient that writes into y must not reach the caller's tensor
-    b = sde.drift(t, y, p)
+    b = _evaluate("drift", sde.drift, t, y, p)
     _check_tensor("drift(t, y, p)", b, y)
     if b.shape != y.shape:
         raise ShapeError(
             f"`drift(t, y, p)` returned shape {tuple(b.shape)} for y of shape {tuple(y.shape)}: it must have the shape of y. "
             "Keep the state axis (y[:, :1], not y[:, 0]) and let no parameter broadcast over it."
         )
-    g = sde.diffusion(t, y, p)
+    g = _evaluate("diffusion", sde.diffusion, t, y, p)
     _check_tensor("diffusion(t, y, p)", g, y)
     shape, kind = tuple(g.shape), sde.noise_type
     vector = len(event) == 1
@@ -118,6 +118,7 @@ def check_sde(sde: SDE, p: Params, t0: float, dt: Tensor, y0: Tensor, noise_dim:
     with torch.no_grad():
         y = y0.detach().expand(PROBE_PATHS, *y0.shape).clone()
         p = {k: v.detach() for k, v in p.items()}
+        check_shapes(sde, p, torch.tensor(t0, dtype=y.dtype, device=y.device), y)  # for this number of paths too
         dt = dt.detach().to(y.dtype)
         z = Philox(seed, PROBE_STREAM).normals(0, PROBE_PATHS, 0, 2, noise_dim, dtype=y.dtype, device=y.device)
         for k in range(2):
@@ -157,6 +158,16 @@ def _check_jacobian(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:
             f"show that component {i} enters the entry of another component: return (B, d, d) with "
             "torch.diag_embed(g) and declare noise_type='general'."
         )
+
+
+def _evaluate(name: str, function: Coefficient, t: Tensor, y: Tensor, p: Params):
+    try:
+        return function(t, y, p)
+    except RuntimeError as error:
+        raise ShapeError(
+            f"`{name}(t, y, p)` failed on y of shape {tuple(y.shape)}: {error}. It must work for any number of paths (axis 0 "
+            "of y); give parameters no axis of paths."
+        ) from error
 
 
 def _check_tensor(name: str, value, y: Tensor) -> None:

@@ -147,7 +147,7 @@ def as_noise(bm, seed: int | None, times: Tensor, n_steps: int, shape: tuple[int
         return bm
     if isinstance(bm, type) or not (isinstance(bm, Tensor) or callable(bm)):
         raise ArgumentTypeError(
-            f"`bm` must be a noise source, a tensor of increments or bm(ta, tb), got {bm!r:.60}: use Philox(seed), or "
+            f"`bm` must be a noise source, a tensor of increments or bm(ta, tb), got {describe(bm)}: use Philox(seed), or "
             "torch.as_tensor(...) for an array."
         )
     t0, dt = float(times[0]), float(times[-1] - times[0]) / n_steps

@@ -71,6 +71,8 @@ def _check_functional(problem: Problem, theta: Theta, noise_dim: int) -> None:
     leaves = {k: v.detach().requires_grad_() for k, v in theta.items()}
     with torch.enable_grad():
         ys = _probe(problem, leaves, noise_dim)
+        if not ys.requires_grad:  # so that a functional which lets go of it is seen all the same
+            ys.requires_grad_()
         values = problem.functional(ys, problem.params(leaves))
     wanted = f"one number a path, shape ({PROBE_PATHS},) for ys of shape {tuple(ys.shape)}"
     if not isinstance(values, Tensor):
@@ -86,7 +88,13 @@ def _check_functional(problem: Problem, theta: Theta, noise_dim: int) -> None:
             "derivative is zero. Return floating numbers that depend on the path smoothly."
         )
     with torch.no_grad():
-        alone = torch.cat([problem.functional(ys[:, i : i + 1], problem.params(theta)) for i in range(PROBE_PATHS)])
+        rows = [problem.functional(ys[:, i : i + 1], problem.params(theta)) for i in range(PROBE_PATHS)]
+    if any(row.shape != (1,) for row in rows):
+        raise ShapeError(
+            f"`functional(ys, p)` returned shape {tuple(rows[0].shape)} for one path: it must keep the axis of paths, so do "
+            "not squeeze() it; index the component instead, ys[-1, :, 0]."
+        )
+    alone = torch.cat(rows)
     scale = torch.finfo(ys.dtype).eps ** 0.5 * (1 + values.detach().abs().nan_to_num())
     if bool(((alone - values.detach()).abs().nan_to_num() > scale).any()):
         raise NotAFunctionError(
@@ -102,11 +110,29 @@ def _check_functional(problem: Problem, theta: Theta, noise_dim: int) -> None:
         )
     found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
     unused = [name for name, g in zip(leaves, found, strict=True) if g is None]
-    if unused:
+    if unused and not _taken_up(problem, leaves, unused, noise_dim):
         raise UnusedParameterError(
             f"the result cannot depend on {', '.join(map(repr, unused))}: it enters neither drift, diffusion, initial state "
             "nor functional as a tensor (or only detached). Remove it from `wrt`, or use it through p."
         )
+
+
+def _taken_up(problem: Problem, leaves: Theta, names: list[str], noise_dim: int) -> bool:
+    """Whether each of these parameters enters some step of the path, as one for a stretch of time does."""
+    wanted, p, dt = set(names), problem.params(leaves), problem.step_size(leaves).detach()
+    y = problem.initial(leaves).detach()[None]
+    for n in range(problem.n_steps):
+        z = Philox(0, PROBE_STREAM).normals(0, 1, n, 1, noise_dim, dtype=y.dtype, device=y.device)
+        with torch.enable_grad():
+            moved = advance(problem.sde, p, problem.t0, dt, _single_step(n), y, z)[-1]
+        if moved.requires_grad:
+            order = sorted(wanted)
+            found = torch.autograd.grad(moved.sum(), [leaves[k] for k in order], allow_unused=True)
+            wanted -= {k for k, g in zip(order, found, strict=True) if g is not None}
+        if not wanted:
+            return True
+        y = moved.detach()
+    return False
 
 
 def survives_vmap(problem: Problem, theta: Theta, noise_dim: int) -> bool:
