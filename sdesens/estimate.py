@@ -104,7 +104,8 @@ def _with_error(mean: float, half: float) -> str:
     decimals = 1 - math.floor(math.log10(half))
     if -4 < decimals < 12:
         return f"{mean:.{max(decimals, 0)}f} +/- {half:.{max(decimals, 0)}f}"
-    return f"{mean:.6e} +/- {half:.1e}"
+    digits = math.floor(math.log10(abs(mean) or half)) + decimals
+    return f"{mean:.{min(max(digits, 1), 16)}e} +/- {half:.1e}"
 
 
 @dataclass(frozen=True, eq=False)
