@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from measure import adjoint_errors
 from problems import (
     CPU,
     F64,
@@ -22,7 +23,6 @@ from problems import (
     gbm_drift,
     plain_gradients,
     plain_paths,
-    rms,
     scalar,
     slope,
     smooth,
@@ -34,7 +34,7 @@ from problems import (
 )
 from torch import nn
 
-from sdesens import SDE, Coarsened, Philox, Problem, as_sde, sdeint, sensitivity, with_running_integral
+from sdesens import SDE, Philox, Problem, as_sde, sdeint, sensitivity, with_running_integral
 from sdesens.errors import ArgumentError, NonFiniteError, SlowPathWarning, ZeroGradientWarning
 from sdesens.sensitivity import METHODS, adjoint, finite_difference, forward, pathwise, torchsde_adjoint
 from sdesens.sensitivity.tile import Tile
@@ -299,22 +299,9 @@ def test_call_minus_put_is_the_forward_on_every_path():
 STEPS = (16, 64, 256)
 
 
-def adjoint_errors(problem, noise_dim, count, method=adjoint, steps=STEPS, wrt=None, **options):
-    """Relative RMS over paths of adjoint minus pathwise, by parameter and number of steps, on one Brownian path."""
-    errors = []
-    for n in steps:
-        noise = Coarsened(NOISE, steps[-1] // n)
-        fine = problem.with_steps(n)
-        tile = tile_of(fine, noise_dim, count=count, group=1, noise=noise)
-        theta = fine.leaves(wrt)
-        exact = pathwise(tile, theta).gradients
-        errors.append(rms(method(tile, theta, **options).gradients, exact))
-    return {k: [e[k] for e in errors] for k in errors[0]}
-
-
 def test_adjoint_falls_towards_the_pathwise_gradient():
     problem = GBM(mu=0.1, sigma=0.5, x0=1.0).problem()
-    errors = adjoint_errors(problem, 1, 400, wrt=("mu", "sigma", "t1"))
+    errors = adjoint_errors(problem, 1, 400, STEPS, ("mu", "sigma", "t1"))
     for name, e in errors.items():
         assert slope(STEPS, e) > 0.45, (name, e)  # order 1/2, with 5 % for the fit at 400 paths
     assert errors["mu"][-1] < 0.02  # 256 steps, volatility 0.5: 1.3 % and 3.7 % are to be expected
@@ -323,7 +310,7 @@ def test_adjoint_falls_towards_the_pathwise_gradient():
 
 def test_adjoint_without_its_correction_is_wrong_at_every_step():
     problem = GBM(mu=0.1, sigma=0.5, x0=1.0).problem()
-    errors = adjoint_errors(problem, 1, 400, wrt=("mu", "sigma"), corrected=False)
+    errors = adjoint_errors(problem, 1, 400, STEPS, ("mu", "sigma"), corrected=False)
     for name, e in errors.items():
         assert abs(slope(STEPS, e)) < 0.1, (name, e)
         assert e[-1] > 0.1
@@ -348,12 +335,12 @@ def test_adjoint_on_coupled_problems_with_a_running_integral(noise_type):
     m = NOISE_DIM[noise_type] + (noise_type == "diagonal")  # the integral's own noise is zero
     steps = (16, 64, 256)
     wrt = (*sde.params, "y0", "t1")
-    errors = adjoint_errors(problem, m, 40, wrt=wrt, steps=steps)
+    errors = adjoint_errors(problem, m, 40, steps, wrt)
     for name, e in errors.items():
         assert slope(steps, e) > 0.35, (name, e)  # order 1/2 fitted to 40 paths; the negative control below has 0
     if noise_type == "additive":
         return  # nothing to correct
-    wrong = adjoint_errors(problem, m, 40, wrt=("s",), steps=steps, corrected=False)
+    wrong = adjoint_errors(problem, m, 40, steps, ("s",), corrected=False)
     assert slope(steps, wrong["s"]) < 0.2, wrong
 
 
@@ -362,8 +349,8 @@ def test_torchsde_converges_to_the_same_gradient(noise_type):
     problem = smooth(noise_type, 1, n_steps=16, outputs=(0, 8, 16), span=0.8)
     wrt = (*problem.sde.params, "y0")
     steps = (16, 128)
-    theirs = adjoint_errors(problem, NOISE_DIM[noise_type], 20, torchsde_adjoint, wrt=wrt, steps=steps)
-    ours = adjoint_errors(problem, NOISE_DIM[noise_type], 20, wrt=wrt, steps=steps)
+    theirs = adjoint_errors(problem, NOISE_DIM[noise_type], 20, steps, wrt, torchsde_adjoint)
+    ours = adjoint_errors(problem, NOISE_DIM[noise_type], 20, steps, wrt)
     for name in wrt:
         # both are O(sqrt dt) from the pathwise gradient: over a factor 8 that is 2.8; 20 paths leave room for 1.7
         assert theirs[name][1] < theirs[name][0] / 1.7, (name, theirs[name])
