@@ -248,6 +248,24 @@ def test_a_choice_of_parameters_does_not_change_their_gradient():
         assert torch.allclose(alone.gradient[k].mean, everything.gradient[k].mean, rtol=1e-13)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_callers_grad_mode_and_graphs_do_not_matter(method):
+    """Inside no_grad, and with parameters that are part of somebody's graph, in `wrt` or not."""
+    raw = {k: v.clone().requires_grad_() for k, v in PROBLEM.sde.params.items()}
+    attached = replace(
+        PROBLEM,
+        sde=replace(PROBLEM.sde, params={k: v * 1.0 for k, v in raw.items()}),
+        y0=PROBLEM.y0.clone().requires_grad_(),
+    )
+    for wrt in (("sigma",), ("mu", "y0")):
+        plain = sensitivity(PROBLEM, n_paths=40, method=method, wrt=wrt)
+        inside = sensitivity(attached, n_paths=40, method=method, wrt=wrt)
+        assert_same_bits(plain, inside)
+        assert not any(e.mean.requires_grad for e in (inside.value, *inside.gradient.values()))
+        with torch.no_grad():
+            assert_same_bits(plain, sensitivity(attached, n_paths=40, method=method, wrt=wrt))
+
+
 def test_progress_goes_to_standard_error_only_when_asked():
     class Slow(Executor):
         def map(self, fn, *iterables, **_):
