@@ -61,49 +61,64 @@ def chunk_length(noise_dim: int) -> int:
     return max(4, 16 // noise_dim // 4 * 4)
 
 
-def advance(sde: SDE, p: Params, t0: float, dt: Tensor, chunk: Chunk, y: Tensor, z: Tensor) -> list[Tensor]:
+@dataclass(frozen=True, eq=False)
+class Dynamics:
+    """An SDE at given parameters, on the grid t_n = t0 + n dt.
+
+    Attributes
+    ----------
+    sde : SDE
+    p : mapping of str to Tensor
+    t0 : float
+    dt : 0-dim float64 tensor
+        A derivative with respect to the horizon flows through it.
+    """
+
+    sde: SDE
+    p: Params
+    t0: float
+    dt: Tensor
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The Brownian motions that drive a batch of paths: paths `first ...` of a source, `noise_dim` components."""
+
+    noise: Noise
+    first: int
+    noise_dim: int
+
+    def normals(self, chunk: Chunk, y: Tensor) -> Tensor:
+        """Normals of a chunk for the batch y (B, *event), shape (chunk.count, B, noise_dim)."""
+        return self.noise.normals(
+            self.first, y.shape[0], chunk.start, chunk.count, self.noise_dim, dtype=y.dtype, device=y.device
+        )
+
+
+def advance(dynamics: Dynamics, chunk: Chunk, y: Tensor, z: Tensor) -> list[Tensor]:
     """States at the marks of a chunk.
 
     Parameters
     ----------
-    t0 : float
-        Time at grid index 0.
-    dt : 0-dim float64 tensor
-        Step. A derivative with respect to the horizon flows through it.
     y : Tensor, shape (B, *event)
         State at the chunk's start.
-    z : Tensor, shape (count, B, m)
+    z : Tensor, shape (chunk.count, B, m)
         Standard normals of its steps; dW = sqrt(dt) z.
     """
     index = torch.arange(chunk.start, chunk.start + chunk.count, dtype=torch.float64, device=y.device)
-    times = (t0 + index * dt).to(y.dtype).unbind()
-    increments = (z * dt.sqrt().to(y.dtype)).unbind()
-    dt, states = dt.to(y.dtype), []
+    times = (dynamics.t0 + index * dynamics.dt).to(y.dtype).unbind()
+    increments = (z * dynamics.dt.sqrt().to(y.dtype)).unbind()
+    dt, states = dynamics.dt.to(y.dtype), []
     for k, (t, dW) in enumerate(zip(times, increments, strict=True), start=1):
-        y = euler.step(sde, p, t, dt, y, dW)
+        y = euler.step(dynamics.sde, dynamics.p, t, dt, y, dW)
         if k in chunk.marks:
             states.append(y)
     return states
 
 
-def normals(noise: Noise, first: int, count: int, chunk: Chunk, noise_dim: int, like: Tensor) -> Tensor:
-    """The chunk's noise for `count` paths from `first`, shape (chunk.count, count, noise_dim)."""
-    return noise.normals(first, count, chunk.start, chunk.count, noise_dim, dtype=like.dtype, device=like.device)
-
-
-def sweep(
-    sde: SDE,
-    p: Params,
-    t0: float,
-    dt: Tensor,
-    chunks: list[Chunk],
-    y: Tensor,
-    noise: Noise,
-    first: int,
-    noise_dim: int,
-) -> Iterator[tuple[Chunk, list[Tensor]]]:
-    """Advance y (B, *event), paths `first ... first + B - 1`, over the chunks; yields each with its states at the marks."""
+def sweep(dynamics: Dynamics, chunks: list[Chunk], y: Tensor, driver: Driver) -> Iterator[tuple[Chunk, list[Tensor]]]:
+    """Advance y (B, *event) over the chunks; yields each with its states at the marks."""
     for chunk in chunks:
-        states = advance(sde, p, t0, dt, chunk, y, normals(noise, first, y.shape[0], chunk, noise_dim, y))
+        states = advance(dynamics, chunk, y, driver.normals(chunk, y))
         y = states[-1]
         yield chunk, states

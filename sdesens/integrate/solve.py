@@ -12,10 +12,10 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, NonFiniteError, ShapeError
 from sdesens.integrate.checks import check_finite_params, check_sde, check_shapes
-from sdesens.integrate.chunk import chunk_length, normals, plan, sweep
+from sdesens.integrate.chunk import Driver, Dynamics, chunk_length, plan, sweep
 from sdesens.noise import GivenNoise, Noise, Philox
 from sdesens.problem import check_state, check_times, grid_positions
-from sdesens.sde import SDE, Params, as_sde, require_ito
+from sdesens.sde import SDE, as_sde, require_ito
 from sdesens.tensors import concrete, describe
 
 METHODS = ("euler",)
@@ -91,27 +91,18 @@ def sdeint(
         check_finite_params(p)
         if all(map(concrete, (y0, step, *p.values()))):
             check_sde(sde, p, t0, step, y0[0], noise_dim, 0)
-    noise = as_noise(bm, seed, times, n_steps, (y0.shape[0], noise_dim))
-    ys = solve(sde, p, t0, step, outputs, y0, noise, 0, noise_dim)
+    dynamics = Dynamics(sde, p, t0, step)
+    driver = Driver(as_noise(bm, seed, times, n_steps, (y0.shape[0], noise_dim)), 0, noise_dim)
+    ys = solve(dynamics, outputs, y0, driver)
     if check and concrete(ys):
-        check_finite_paths(ys, sde, p, t0, step, outputs, y0, noise, 0, noise_dim)
+        check_finite_paths(ys, dynamics, outputs, y0, driver)
     return ys
 
 
-def solve(
-    sde: SDE,
-    p: Params,
-    t0: float,
-    dt: Tensor,
-    outputs: tuple[int, ...],
-    y0: Tensor,
-    noise: Noise,
-    first: int,
-    noise_dim: int,
-) -> Tensor:
-    """States at the grid indices `outputs`, shape (T, B, *event), of paths `first ...` from y0 (B, *event); no checks."""
+def solve(dynamics: Dynamics, outputs: tuple[int, ...], y0: Tensor, driver: Driver) -> Tensor:
+    """States at the grid indices `outputs`, shape (T, B, *event), from y0 (B, *event); no checks."""
     ys: list[Tensor] = [y0] * len(outputs)
-    for chunk, states in sweep(sde, p, t0, dt, plan(outputs, chunk_length(noise_dim)), y0, noise, first, noise_dim):
+    for chunk, states in sweep(dynamics, plan(outputs, chunk_length(driver.noise_dim)), y0, driver):
         for mark, output in chunk.outputs:
             ys[output] = states[mark]
     return torch.stack(ys)
@@ -144,6 +135,10 @@ def as_noise(bm, seed: int | None, times: Tensor, n_steps: int, shape: tuple[int
     if seed is not None:
         raise ArgumentError("give `bm` or `seed`, not both: the noise is either one.")
     if isinstance(bm, Noise) and not isinstance(bm, type):
+        if bm.n_steps not in (None, n_steps):
+            raise ShapeError(
+                f"`bm` holds {bm.n_steps} steps, but the grid has {n_steps}: give noise made for this grid."
+            )
         return bm
     if isinstance(bm, type) or not (isinstance(bm, Tensor) or callable(bm)):
         raise ArgumentTypeError(
@@ -166,18 +161,7 @@ def as_noise(bm, seed: int | None, times: Tensor, n_steps: int, shape: tuple[int
     return GivenNoise.from_increments(bm, dt)
 
 
-def check_finite_paths(
-    ys: Tensor,
-    sde: SDE,
-    p: Params,
-    t0: float,
-    dt: Tensor,
-    outputs,
-    y0: Tensor,
-    noise: Noise,
-    first: int,
-    noise_dim: int,
-) -> None:
+def check_finite_paths(ys: Tensor, dynamics: Dynamics, outputs: tuple[int, ...], y0: Tensor, driver: Driver) -> None:
     """Raise NonFiniteError, with path, step and time, if a state in ys (T, B, *event) is NaN or infinite."""
     bad = ~torch.isfinite(ys.detach()).flatten(2).all(2).all(0)  # (B,)
     if not bool(bad.any()):
@@ -186,16 +170,14 @@ def check_finite_paths(
         where = bad.nonzero().flatten()
         everywhere = tuple(range(outputs[-1] + 1))
         step, culprit = outputs[-1], int(where[0])
-        y = y0.detach()
-        for chunk, states in sweep(
-            sde, p, t0, dt.detach(), plan(everywhere, chunk_length(noise_dim)), y, noise, first, noise_dim
-        ):
+        chunks = plan(everywhere, chunk_length(driver.noise_dim))
+        for chunk, states in sweep(dynamics, chunks, y0.detach(), driver):
             broken = ~torch.isfinite(torch.stack(states)).flatten(2).all(2)  # (steps, B)
             if bool(broken.any()):
                 k = int(broken.any(1).nonzero()[0])
                 step, culprit = chunk.start + k + 1, int(broken[k].nonzero()[0])
                 break
-    time = t0 + step * float(dt)
+    first, time = driver.first, dynamics.t0 + step * float(dynamics.dt)
     raise NonFiniteError(
         f"{int(bad.sum())} of {bad.numel()} paths became NaN or infinite; first path {first + culprit} in step {step} of "
         f"{outputs[-1]} (t = {time:.6g}). The step may be too long for these coefficients (raise `n_steps`), or a "
@@ -205,6 +187,3 @@ def check_finite_paths(
         step=step,
         time=time,
     )
-
-
-__all__ = ["normals", "sdeint", "solve"]

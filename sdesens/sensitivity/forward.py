@@ -68,10 +68,10 @@ def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
     tangents = [jvp(lambda th: tile.start(th) + 0, (theta,), (unit,))[1].contiguous() for unit in units]
     ys, S = [y] * len(problem.outputs), [list(tangents) for _ in problem.outputs]  # S[output][direction]
     for chunk in tile.chunks:
-        z = tile.normals(chunk, y)
+        z = tile.driver.normals(chunk, y)
 
         def run(th: Theta, x: Tensor, chunk: Chunk = chunk, z: Tensor = z) -> tuple[Tensor, ...]:
-            return tuple(advance(problem.sde, problem.params(th), problem.t0, problem.step_size(th), chunk, x, z))
+            return tuple(advance(tile.dynamics(th), chunk, x, z))
 
         states: tuple[Tensor, ...] = ()
         for k, unit in enumerate(units):
@@ -103,14 +103,12 @@ def _by_jacobians(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
     for chunk in tile.chunks:
 
         def run(th: Theta, x: Tensor, z: Tensor, chunk: Chunk = chunk) -> tuple[Tensor, Tensor]:
-            states = advance(
-                problem.sde, problem.params(th), problem.t0, problem.step_size(th), chunk, x[None], z[:, None]
-            )
+            states = advance(tile.dynamics(th), chunk, x[None], z[:, None])
             stacked = torch.cat(states)  # (marks, *event)
             return stacked, stacked
 
         jacobians = vmap(jacrev(run, argnums=(0, 1), has_aux=True), in_dims=(None, 0, 1))
-        (by_theta, by_y), states = jacobians(theta, y, tile.normals(chunk, y))
+        (by_theta, by_y), states = jacobians(theta, y, tile.driver.normals(chunk, y))
         by_y = by_y.reshape(B, -1, d, d)
         by_theta = _flatten(by_theta, B, len(chunk.marks), d).to(y.dtype)  # (B, marks, d, P)
         moved = by_y @ S[:, None] + by_theta

@@ -107,12 +107,11 @@ def _chunk_pullback(
     theta_bar: dict[str, Tensor],
 ) -> Tensor:
     """Equation (1) over one chunk; adds its share of (2) to theta_bar and returns y_bar at its start."""
-    problem = tile.problem
 
     def run(theta: Theta, y: Tensor, z: Tensor) -> list[Tensor]:
-        return advance(problem.sde, problem.params(theta), problem.t0, problem.step_size(theta), chunk, y, z)
+        return advance(tile.dynamics(theta), chunk, y, z)
 
-    z = tile.per_group(tile.normals(chunk, y), 1)
+    z = tile.per_group(tile.driver.normals(chunk, y), 1)
     y = tile.per_group(y).detach().requires_grad_()
     with torch.enable_grad():
         states = tile.map_groups(run, (0, 0, 1))(leaves, y, z)

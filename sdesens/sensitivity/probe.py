@@ -19,7 +19,7 @@ from sdesens.errors import (
     UnusedParameterError,
 )
 from sdesens.integrate.checks import PROBE_PATHS, PROBE_STREAM, check_finite_params, check_sde, check_shapes
-from sdesens.integrate.chunk import Chunk, advance
+from sdesens.integrate.chunk import Chunk, Dynamics, advance
 from sdesens.noise import Philox
 from sdesens.problem import Problem, Theta
 from sdesens.sde import require_ito
@@ -53,10 +53,10 @@ def _probe(problem: Problem, theta: Theta, noise_dim: int) -> Tensor:
     y0 = problem.initial(theta)
     y = y0.expand(PROBE_PATHS, *y0.shape)
     states = [y]
-    p, dt = problem.params(theta), problem.step_size(theta)
+    dynamics = Dynamics(problem.sde, problem.params(theta), problem.t0, problem.step_size(theta))
     for n in sorted({0, problem.n_steps // 2, problem.n_steps - 1}):
         z = Philox(0, PROBE_STREAM).normals(0, PROBE_PATHS, n, 1, noise_dim, dtype=y.dtype, device=y.device)
-        y = advance(problem.sde, p, problem.t0, dt, _single_step(n), y, z)[-1]
+        y = advance(dynamics, _single_step(n), y, z)[-1]
         states.append(y)
     return torch.stack(
         [states[0]] + [states[min(i, len(states) - 1)] for i in range(1, len(problem.outputs) - 1)] + [y]
@@ -108,7 +108,8 @@ def _check_functional(problem: Problem, theta: Theta, noise_dim: int) -> None:
             "`functional(ys, p)` returned a tensor that is cut off from the path and from the parameters (a comparison, "
             "detach(), .item(), numpy, or a cast): its gradient would be missing, not zero."
         )
-    found = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+    ones = torch.ones_like(values)
+    found = torch.autograd.grad(values, list(leaves.values()), ones, allow_unused=True)
     unused = [name for name, g in zip(leaves, found, strict=True) if g is None]
     if unused and not _taken_up(problem, leaves, unused, noise_dim):
         raise UnusedParameterError(
@@ -119,12 +120,13 @@ def _check_functional(problem: Problem, theta: Theta, noise_dim: int) -> None:
 
 def _taken_up(problem: Problem, leaves: Theta, names: list[str], noise_dim: int) -> bool:
     """Whether each of these parameters enters some step of the path, as one for a stretch of time does."""
-    wanted, p, dt = set(names), problem.params(leaves), problem.step_size(leaves).detach()
+    wanted = set(names)
+    dynamics = Dynamics(problem.sde, problem.params(leaves), problem.t0, problem.step_size(leaves).detach())
     y = problem.initial(leaves).detach()[None]
     for n in range(problem.n_steps):
         z = Philox(0, PROBE_STREAM).normals(0, 1, n, 1, noise_dim, dtype=y.dtype, device=y.device)
         with torch.enable_grad():
-            moved = advance(problem.sde, p, problem.t0, dt, _single_step(n), y, z)[-1]
+            moved = advance(dynamics, _single_step(n), y, z)[-1]
         if moved.requires_grad:
             order = sorted(wanted)
             found = torch.autograd.grad(moved.sum(), [leaves[k] for k in order], allow_unused=True)
@@ -137,18 +139,14 @@ def _taken_up(problem: Problem, leaves: Theta, names: list[str], noise_dim: int)
 
 def survives_vmap(problem: Problem, theta: Theta, noise_dim: int) -> bool:
     """Whether the user's functions can be vectorised over groups; warns if not."""
-    y0 = problem.initial({})
     tile = Tile(problem, Philox(0, PROBE_STREAM), 0, PROBE_PATHS, 2, noise_dim)
 
     def run(th: Theta, z: Tensor) -> Tensor:
         start = problem.initial(th)
-        step = _single_step(0)
-        y = advance(
-            problem.sde, problem.params(th), problem.t0, problem.step_size(th), step, start.expand(2, *start.shape), z
-        )
+        y = advance(tile.dynamics(th), _single_step(0), start.expand(2, *start.shape), z)
         return tile.values(th, torch.stack([y[-1]] * len(problem.outputs)))
 
-    z = tile.per_group(tile.normals(_single_step(0), y0), 1)
+    z = tile.per_group(tile.driver.normals(_single_step(0), tile.start({})), 1)
     try:
         tile.map_groups(run, (0, 1))(group_leaves(tile, theta), z)
     except RuntimeError as error:

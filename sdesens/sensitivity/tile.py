@@ -9,7 +9,7 @@ groups of equal size and the parameters are given one copy a group: one sweep th
 group, at the cost of one. The spread between groups is what the standard error is made of.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,14 +17,12 @@ from torch import Tensor
 from torch.func import vmap
 
 from sdesens.errors import NonFiniteError
-from sdesens.integrate.chunk import Chunk, chunk_length, normals, plan, sweep
+from sdesens.integrate.chunk import Chunk, Driver, Dynamics, chunk_length, plan, sweep
 from sdesens.integrate.solve import check_finite_paths, solve
 from sdesens.noise import Held, Noise
 from sdesens.problem import Problem, Theta
-from sdesens.sde import RESERVED
 
-
-HELD_BYTES = 32 * 2**20
+HELD_BYTES = 32 * 2**20  # noise kept between two sweeps
 
 
 @dataclass(frozen=True)
@@ -58,37 +56,38 @@ class Tile:
     def chunks(self) -> list[Chunk]:
         return plan(self.problem.outputs, chunk_length(self.noise_dim))
 
-    def normals(self, chunk: Chunk, like: Tensor) -> Tensor:
-        """The chunk's noise, shape (steps, count, noise_dim)."""
-        return normals(self.noise, self.first, self.count, chunk, self.noise_dim, like)
+    @property
+    def driver(self) -> Driver:
+        return Driver(self.noise, self.first, self.noise_dim)
 
-    def holding_noise(self, like: Tensor) -> "Tile":
+    def dynamics(self, theta: Theta) -> Dynamics:
+        """The SDE at theta, on its grid."""
+        q = self.problem
+        return Dynamics(q.sde, q.params(theta), q.t0, q.step_size(theta))
+
+    def normals(self, y: Tensor) -> Tensor:
+        """All noise of the tile for states like y (count, *event): shape (n_steps, count, noise_dim)."""
+        return torch.cat([self.driver.normals(chunk, y) for chunk in self.chunks])
+
+    def holding_noise(self, y: Tensor) -> "Tile":
         """This tile with its noise kept in memory if that is cheap: a method that sweeps twice then draws it once."""
         numbers = self.problem.n_steps * self.count * self.noise_dim
-        if numbers * like.element_size() > HELD_BYTES:
+        if numbers * y.element_size() > HELD_BYTES:
             return self
-        z = torch.cat([self.normals(chunk, like) for chunk in self.chunks])
-        return replace(self, noise=Held(self.noise, z, self.first))
+        return replace(self, noise=Held(self.noise, self.normals(y), self.first))
 
     def start(self, theta: Theta) -> Tensor:
         """Initial states, shape (count, *event)."""
         y0 = self.problem.initial(theta)
         return y0.expand(self.count, *y0.shape)
 
-    def sweep(self, theta: Theta, chunks: list[Chunk], y: Tensor):
-        """Advance y (count, *event) over the chunks; yields (chunk, states at its marks)."""
-        q = self.problem
-        return sweep(
-            q.sde, q.params(theta), q.t0, q.step_size(theta), chunks, y, self.noise, self.first, self.noise_dim
-        )
+    def sweep(self, theta: Theta, chunks: list[Chunk], y: Tensor) -> Iterator[tuple[Chunk, list[Tensor]]]:
+        """Advance y (count, *event) over the chunks; yields each with its states at the marks."""
+        return sweep(self.dynamics(theta), chunks, y, self.driver)
 
     def paths(self, theta: Theta) -> Tensor:
         """States at the output times, shape (T, count, *event)."""
-        q = self.problem
-        return solve(
-            q.sde, q.params(theta), q.t0, q.step_size(theta), q.outputs, self.start(theta), self.noise, self.first,
-            self.noise_dim,
-        )  # fmt: skip
+        return solve(self.dynamics(theta), self.problem.outputs, self.start(theta), self.driver)
 
     def values(self, theta: Theta, ys: Tensor) -> Tensor:
         """The functional on ys, shape (count,)."""
@@ -98,11 +97,7 @@ class Tile:
         """Raise NonFiniteError if a path or a value of the functional is NaN or infinite."""
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(ys).all()):
             return
-        q = self.problem
-        check_finite_paths(
-            ys, q.sde, q.params(theta), q.t0, q.step_size(theta), q.outputs, self.start(theta), self.noise, self.first,
-            self.noise_dim,
-        )  # fmt: skip
+        check_finite_paths(ys, self.dynamics(theta), self.problem.outputs, self.start(theta), self.driver)
         bad = (~torch.isfinite(values)).nonzero().flatten()
         raise NonFiniteError(
             f"`functional(ys, p)` is NaN or infinite on {bad.numel()} of {values.numel()} paths, though the paths are finite; "
@@ -193,11 +188,6 @@ def accumulate(theta_bar: dict[str, Tensor], bars: list[Tensor | None]) -> None:
     for total, bar in zip(theta_bar.values(), bars, strict=True):
         if bar is not None:
             total += bar
-
-
-def without_horizon(theta: Theta) -> dict[str, Tensor]:
-    """The part of theta that user functions see."""
-    return {k: v for k, v in theta.items() if k not in RESERVED}
 
 
 def _loop(function: Callable, in_dims: tuple, n: int) -> Callable:

@@ -43,7 +43,7 @@ def torchsde_adjoint(tile: Tile, theta: Theta) -> Contributions:
     # torchsde accumulates parameters' gradients in tensors of their own; an expanded view would alias
     own = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
     start = tile.start(theta).detach().flatten(1).requires_grad_()
-    increments = torch.cat([tile.normals(chunk, start) for chunk in tile.chunks]) * math.sqrt(problem.dt)
+    increments = tile.normals(start) * math.sqrt(problem.dt)
     ts = torch.tensor([problem.t0 + k * problem.dt for k in problem.outputs], dtype=start.dtype, device=start.device)
     with torch.enable_grad():
         ys = torchsde.sdeint_adjoint(
