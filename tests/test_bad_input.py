@@ -274,7 +274,8 @@ INCREMENTS = r"`bm` must hold increments of shape \(n_steps, B, m\) = \(8, 3, 2\
         (lambda a, b: ones(5, 2), ShapeError, r"`bm\(ta, tb\)` must return .*got torch.float64 of shape \(5, 2\)"),
         (lambda a, b: ones(3), ShapeError, r"`bm\(ta, tb\)` must return .*got torch.float64 of shape \(3,\)"),
         (GivenNoise(ones(8, 2, 2)), ArgumentError, "the given noise holds 2 paths x 8 steps.*give more noise"),
-        (GivenNoise(ones(7, 3, 2)), ArgumentError, "the given noise holds 3 paths x 7 steps"),
+        (GivenNoise(ones(7, 3, 2)), ShapeError, "`bm` holds 7 steps, but the grid has 8: give noise made for this grid"),
+        (GivenNoise(ones(16, 3, 2)), ShapeError, "`bm` holds 16 steps, but the grid has 8"),  # it is of another step
         (GivenNoise(ones(8, 3, 1)), ShapeError, r"the given noise has 1 components.*give z of shape \(N, B, 2\)"),
     ],
 )  # fmt: skip
@@ -582,6 +583,7 @@ def unused(**changes):
         ({"noise": Antithetic(Philox(0)), "n_paths": 101}, ArgumentError, "come in pairs: `n_paths` = 101.*must be even"),
         ({"noise": Antithetic(Philox(0)), "first_path": 1}, ArgumentError, "come in pairs.*`first_path` must be even"),
         ({"noise": GivenNoise(ones(8, 10, 2))}, ArgumentError, "holds 10 paths x 8 steps.*n_paths <= 10"),
+        ({"noise": GivenNoise(ones(16, 100, 2))}, ArgumentError, "holds 16 steps.*needs 8"),
         ({"noise": GivenNoise(ones(4, 100, 2))}, ArgumentError, "holds 4 steps.*needs 8"),
         ({"noise": GivenNoise(ones(8, 100, 1))}, ShapeError, r"has 1 components.*give z of shape \(N, B, 2\)"),
         ({"noise": GivenNoise(ones(8, 100, 2)), "bias": True}, ArgumentError, "needs 16"),
