@@ -289,6 +289,7 @@ def crosscheck(
 
     Example
     -------
+    >>> from sdesens import SDE, Problem
     >>> one = torch.ones(1, dtype=torch.float64)
     >>> sde = SDE(lambda t, y, p: -p["k"] * y, lambda t, y, p: 0.1 * y, {"k": 0.5 * one[0]})
     >>> problem = Problem(sde, lambda ys, p: ys[-1, :, 0], y0=one, ts=(0.0, 1.0), n_steps=16)

@@ -158,6 +158,7 @@ def sensitivity(
 
     Example
     -------
+    >>> from sdesens import SDE, Problem
     >>> one = torch.ones(1, dtype=torch.float64)
     >>> sde = SDE(lambda t, y, p: -p["k"] * y, lambda t, y, p: 0.1 * torch.ones_like(y), {"k": 0.5 * one[0]})
     >>> problem = Problem(sde, lambda ys, p: ys[-1, :, 0], y0=one, ts=(0.0, 1.0), n_steps=16)
@@ -340,9 +341,12 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
         raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
     if n_paths % source.unit or first_path % source.unit:
         raise ArgumentError(f"antithetic paths come in pairs: `n_paths` = {n_paths} and `first_path` must be even.")
-    for steps, given in ((problem.n_steps, source.n_steps), (2 * problem.n_steps, source.n_steps if bias else None)):
-        if given is not None and given != steps:
-            raise ArgumentError(f"the given noise holds {given} steps where the problem (or its `bias`) needs {steps}.")
+    if source.n_steps not in (None, problem.n_steps):
+        raise ArgumentError(
+            f"the given noise holds {source.n_steps} steps, the problem has n_steps = {problem.n_steps}."
+        )
+    if bias and source.n_steps is not None:
+        raise ArgumentError("`bias` runs n_steps and 2 n_steps, so it needs noise for any grid, such as Philox(seed).")
     theta = problem.leaves(wrt)
     noise_dim = check_problem(problem, theta)
     vectorised = survives_vmap(problem, theta, noise_dim)

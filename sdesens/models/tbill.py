@@ -74,7 +74,7 @@ def fit_vasicek(rates: np.ndarray, delta: float) -> VasicekFit:
     -------
     >>> fit = fit_vasicek(np.array([0.05, 0.04, 0.05, 0.03, 0.04, 0.05, 0.03]), 0.25)
     Traceback (most recent call last):
-    sdesens.errors.ArgumentError: `rates` do not revert to a mean: least-squares slope -0.6..., wanted in (0, 1).
+    sdesens.errors.ArgumentError: `rates` do not revert to a mean: least-squares slope -0.6, wanted in (0, 1).
     """
     rates = np.asarray(rates, dtype=np.float64)
     if rates.ndim != 1 or rates.size < 4 or not np.isfinite(rates).all():

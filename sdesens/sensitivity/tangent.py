@@ -57,6 +57,7 @@ def tangent_paths(
 
     Example
     -------
+    >>> from sdesens import SDE, Problem
     >>> one = torch.ones(1, dtype=torch.float64)
     >>> gbm = SDE(lambda t, y, p: p["mu"] * y, lambda t, y, p: 0.2 * y, {"mu": 0.1 * one[0]})
     >>> problem = Problem(gbm, lambda ys, p: ys[-1, :, 0], y0=one, ts=(0.0, 1.0), n_steps=50)
