@@ -1,0 +1,47 @@
+"""Imports point one way along the rooms of the library."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sdesens"
+# room: the rooms it may import from, besides itself
+MAY_IMPORT = {
+    "errors": set(),
+    "tensors": {"errors"},
+    "noise": {"errors", "tensors"},
+    "sde": {"errors", "tensors"},
+    "problem": {"errors", "tensors", "sde"},
+    "functionals": {"errors", "tensors", "sde"},
+    "integrate": {"errors", "tensors", "noise", "sde", "problem"},
+    "sensitivity": {"errors", "tensors", "noise", "sde", "problem", "integrate"},
+    "estimate": {"errors", "tensors"},
+    "montecarlo": {"errors", "tensors", "noise", "sde", "problem", "integrate", "sensitivity", "estimate"},
+    "models": {"errors", "tensors", "sde", "problem", "functionals"},
+}
+MAY_IMPORT["crosscheck"] = MAY_IMPORT["montecarlo"] | {"montecarlo"}
+MAY_IMPORT["plot"] = MAY_IMPORT["crosscheck"] | {"crosscheck"}
+MAY_IMPORT["cli"] = MAY_IMPORT["plot"] | {"plot", "models"}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("sdesens.")}
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    if path == PACKAGE / "__init__.py":
+        assert not imported_rooms(path) & {"plot", "cli", "models"}
+        return
+    assert imported_rooms(path) - {room(path)} <= MAY_IMPORT[room(path)]
