@@ -583,10 +583,10 @@ def unused(**changes):
         ({"noise": Antithetic(Philox(0)), "n_paths": 101}, ArgumentError, "come in pairs: `n_paths` = 101.*must be even"),
         ({"noise": Antithetic(Philox(0)), "first_path": 1}, ArgumentError, "come in pairs.*`first_path` must be even"),
         ({"noise": GivenNoise(ones(8, 10, 2))}, ArgumentError, "holds 10 paths x 8 steps.*n_paths <= 10"),
-        ({"noise": GivenNoise(ones(16, 100, 2))}, ArgumentError, "holds 16 steps.*needs 8"),
-        ({"noise": GivenNoise(ones(4, 100, 2))}, ArgumentError, "holds 4 steps.*needs 8"),
+        ({"noise": GivenNoise(ones(16, 100, 2))}, ArgumentError, "holds 16 steps.*n_steps = 8"),
+        ({"noise": GivenNoise(ones(4, 100, 2))}, ArgumentError, "holds 4 steps.*n_steps = 8"),
         ({"noise": GivenNoise(ones(8, 100, 1))}, ShapeError, r"has 1 components.*give z of shape \(N, B, 2\)"),
-        ({"noise": GivenNoise(ones(8, 100, 2)), "bias": True}, ArgumentError, "needs 16"),
+        ({"noise": GivenNoise(ones(8, 100, 2)), "bias": True}, ArgumentError, "needs noise for any grid"),
     ],
 )  # fmt: skip
 def test_runs_that_make_no_sense(changes, error, message):
