@@ -25,7 +25,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import functional_call, vjp, vmap
 
 from sdesens.errors import (
     ArgumentError,
@@ -35,7 +35,7 @@ from sdesens.errors import (
     ShapeError,
     UnknownParameterError,
 )
-from sdesens.tensors import concrete, describe
+from sdesens.tensors import concrete, describe, jvp
 
 Params = Mapping[str, Tensor]
 Coefficient = Callable[[Tensor, Tensor, Params], Tensor]

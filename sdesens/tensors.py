@@ -1,7 +1,32 @@
-"""Two questions about a tensor that every room asks before it raises. This file knows nothing of SDEs."""
+"""Two questions about a tensor that every room asks before it raises, and forward mode that threads can share.
+
+This file knows nothing of SDEs.
+"""
+
+import threading
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+_FORWARD_MODE = threading.RLock()
+
+
+def jvp(function, primals: tuple, tangents: tuple):
+    """`torch.func.jvp` of tensors or dicts of them, expanded ones too, and one thread at a time.
+
+    torch keeps the levels of forward mode per process, not per thread: two threads inside would end each other's. And it
+    refuses tensors that hold one number in several places.
+    """
+    primals, tangents = tuple(map(_dense, primals)), tuple(map(_dense, tangents))
+    if torch.compiler.is_compiling():
+        return torch.func.jvp(function, primals, tangents)
+    with _FORWARD_MODE:
+        return torch.func.jvp(function, primals, tangents)
+
+
+def _dense(x):
+    return {k: v.contiguous() for k, v in x.items()} if isinstance(x, Mapping) else x.contiguous()
 
 
 def concrete(x: Tensor) -> bool:

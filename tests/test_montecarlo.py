@@ -15,7 +15,7 @@ import torch
 from measure import peak_megabytes
 from problems import F64, GBM, NOISE_DIM, OU, by_path, gauss_hermite, plain_paths, smooth, wrt_all
 
-from sdesens import Antithetic, GivenNoise, Philox, merge, sensitivity
+from sdesens import Antithetic, GivenNoise, Philox, merge, sensitivity, to_ito, to_stratonovich
 from sdesens.errors import ArgumentError, ArgumentTypeError
 from sdesens.montecarlo import BLOCK, GROUP, ROW, Sensitivity, _tiles
 
@@ -70,6 +70,30 @@ def test_threads_and_processes_do_not_change_the_bits(method):
     if method == "pathwise":  # a fresh interpreter each, so that nothing is inherited but what is pickled
         with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
             assert_same_bits(plain, sensitivity(PROBLEM, n_paths=n, method=method, seed=4, executor=processes))
+
+
+def as_stratonovich_and_back(problem):
+    """The same equation, its drift now with two derivatives of the diffusion inside."""
+    return replace(problem, sde=to_ito(to_stratonovich(problem.sde)))
+
+
+@pytest.mark.parametrize(
+    ("method", "wrt", "change"),
+    [
+        ("adjoint", ("s", "K"), None),
+        ("forward", ("s",), None),  # few directions: forward mode
+        ("forward", ("s", "A"), None),
+        ("pathwise", ("s", "K"), as_stratonovich_and_back),
+    ],
+)
+def test_forward_mode_in_several_threads_at_once(method, wrt, change):
+    """torch keeps the levels of forward mode per process; unguarded, threads crash each other or worse."""
+    problem = smooth("general", 0, n_steps=4, outputs=(0, 2, 4))
+    problem = problem if change is None else change(problem)
+    n = 3 * BLOCK
+    plain = sensitivity(problem, n_paths=n, method=method, wrt=wrt)
+    with ThreadPoolExecutor(3) as threads:
+        assert_same_bits(plain, sensitivity(problem, n_paths=n, method=method, wrt=wrt, executor=threads))
 
 
 @pytest.mark.parametrize("method", ["pathwise", "forward", "adjoint"])

@@ -34,7 +34,7 @@ from problems import (
 )
 from torch import nn
 
-from sdesens import SDE, Philox, Problem, as_sde, sdeint, sensitivity, with_running_integral
+from sdesens import SDE, Philox, Problem, as_sde, sdeint, sensitivity, to_ito, with_running_integral
 from sdesens.errors import ArgumentError, NonFiniteError, SlowPathWarning, ZeroGradientWarning
 from sdesens.sensitivity import METHODS, adjoint, finite_difference, forward, pathwise, torchsde_adjoint
 from sdesens.sensitivity.tile import Tile
@@ -82,6 +82,20 @@ def test_both_ways_to_carry_the_tangent_agree(noise_type):
     tile = tile_of(problem, m)
     assert worst(forward(tile, theta, strategy="directions").gradients, plain) < ROUNDING
     assert worst(forward(tile, theta, strategy="jacobians").gradients, plain) < ROUNDING
+
+
+@pytest.mark.parametrize("noise_type", ["diagonal", "scalar", "general"])
+def test_a_corrected_drift_is_differentiated_too(noise_type):
+    """Stratonovich equations: the drift holds a derivative of the diffusion, and the methods differentiate that again."""
+    ito = smooth(noise_type, 1, n_steps=5, outputs=(0, 2, 5))
+    problem, m = replace(ito, sde=to_ito(replace(ito.sde, sde_type="stratonovich"))), NOISE_DIM[noise_type]
+    theta, plain = reference(problem, m)
+    tile = tile_of(problem, m)
+    assert worst(pathwise(tile, theta).gradients, plain) < ROUNDING
+    assert worst(forward(tile, theta, strategy="jacobians").gradients, plain) < ROUNDING
+    assert worst(forward(tile, theta, strategy="directions").gradients, plain) < ROUNDING
+    assert worst(finite_difference(tile, theta).gradients, plain) < 1e-6
+    assert worst(pathwise(tile_of(ito, m), theta).gradients, plain) > 1e-3  # the correction matters
 
 
 @pytest.mark.parametrize("noise_type", ["scalar", "general"])

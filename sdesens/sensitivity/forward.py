@@ -20,11 +20,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, jacrev, jvp, vmap
+from torch.func import grad_and_value, jacrev, vmap
 
 from sdesens.integrate.chunk import Chunk, advance
 from sdesens.problem import Theta
 from sdesens.sensitivity.tile import Contributions, Tile
+from sdesens.tensors import jvp
 
 Tangents = dict[str, Tensor]
 
@@ -64,8 +65,8 @@ def basis(theta: Theta) -> list[Tangents]:
 
 def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
     problem, units = tile.problem, basis(theta)
-    y = tile.start(theta).contiguous()  # forward mode takes no expanded tensors
-    tangents = [jvp(lambda th: tile.start(th) + 0, (theta,), (unit,))[1].contiguous() for unit in units]
+    y = tile.start(theta)
+    tangents = [jvp(lambda th: tile.start(th) + 0, (theta,), (unit,))[1] for unit in units]
     ys, S = [y] * len(problem.outputs), [list(tangents) for _ in problem.outputs]  # S[output][direction]
     for chunk in tile.chunks:
         z = tile.driver.normals(chunk, y)
@@ -75,7 +76,7 @@ def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
 
         states: tuple[Tensor, ...] = ()
         for k, unit in enumerate(units):
-            states, moved = jvp(run, (theta, y), (unit, tangents[k]))  # type: ignore[misc]
+            states, moved = jvp(run, (theta, y), (unit, tangents[k]))
             tangents[k] = moved[-1]
             for mark, output in chunk.outputs:
                 S[output][k] = moved[mark]
@@ -86,7 +87,7 @@ def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
     values, rows = tile.values(theta, path), []
     for k, unit in enumerate(units):
         tangent = torch.stack([S[output][k] for output in range(len(ys))])
-        values, row = jvp(tile.values, (theta, path), (unit, tangent))  # type: ignore[misc]
+        values, row = jvp(tile.values, (theta, path), (unit, tangent))
         rows.append(row.double())
     tile.check(theta, path, values)
     return Contributions(values, _unflatten(torch.stack(rows, 1), theta))

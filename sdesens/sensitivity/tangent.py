@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
 from sdesens.noise import Noise, Philox
 from sdesens.problem import Problem
 from sdesens.sensitivity.forward import basis
 from sdesens.sensitivity.probe import check_problem
 from sdesens.sensitivity.tile import Tile
+from sdesens.tensors import jvp
 
 
 class TangentPaths(NamedTuple):
@@ -76,7 +76,7 @@ def tangent_paths(
     ys, columns = torch.empty(0), []
     with torch.no_grad():
         for unit in basis(theta):
-            ys, column = jvp(tile.paths, (theta,), (unit,))  # type: ignore[misc]
+            ys, column = jvp(tile.paths, (theta,), (unit,))
             columns.append(column)
     tangents, reached = {}, 0
     for name, value in theta.items():
