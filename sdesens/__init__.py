@@ -7,7 +7,8 @@ from sdesens.integrate import sdeint
 from sdesens.montecarlo import Sensitivity, merge, sensitivity
 from sdesens.noise import Antithetic, Coarsened, GivenNoise, Noise, Philox, coarsen
 from sdesens.problem import Problem
-from sdesens.sde import SDE, as_sde, correlated_noise, to_ito, to_stratonovich, with_running_integral
+from sdesens.rewrite import correlated_noise, to_ito, to_stratonovich, with_running_integral
+from sdesens.sde import SDE, as_sde
 from sdesens.sensitivity import METHODS
 from sdesens.sensitivity.tangent import TangentPaths, tangent_paths
 

@@ -12,13 +12,14 @@ MAY_IMPORT = {
     "tensors": {"errors"},
     "noise": {"errors", "tensors"},
     "sde": {"errors", "tensors"},
+    "rewrite": {"errors", "tensors", "sde"},
     "problem": {"errors", "tensors", "sde"},
     "functionals": {"errors", "tensors", "sde"},
-    "integrate": {"errors", "tensors", "noise", "sde", "problem"},
-    "sensitivity": {"errors", "tensors", "noise", "sde", "problem", "integrate"},
+    "integrate": {"errors", "tensors", "noise", "sde", "rewrite", "problem"},
+    "sensitivity": {"errors", "tensors", "noise", "sde", "rewrite", "problem", "integrate"},
     "estimate": {"errors", "tensors"},
     "montecarlo": {"errors", "tensors", "noise", "sde", "problem", "integrate", "sensitivity", "estimate"},
-    "models": {"errors", "tensors", "sde", "problem", "functionals"},
+    "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals"},
 }
 MAY_IMPORT["crosscheck"] = MAY_IMPORT["montecarlo"] | {"montecarlo"}
 MAY_IMPORT["plot"] = MAY_IMPORT["crosscheck"] | {"crosscheck"}

@@ -19,7 +19,7 @@ from sdesens.functionals import (
     SumOfSquares,
 )
 from sdesens.models.black_scholes import log_diffusion, log_drift, log_initial, rate
-from sdesens.sde import with_running_integral
+from sdesens.rewrite import with_running_integral
 
 D = torch.float64
 EVERY = [

@@ -10,7 +10,8 @@ from torch import nn
 
 from sdesens import SDE, Philox, as_sde, correlated_noise, sdeint, to_ito, to_stratonovich, with_running_integral
 from sdesens.errors import ArgumentError, ArgumentTypeError, CalculusError, ShapeError
-from sdesens.sde import ito_correction, noise_product
+from sdesens.rewrite import ito_correction
+from sdesens.sde import noise_product
 
 F64 = torch.float64
 T = torch.tensor(0.3, dtype=F64)

@@ -19,7 +19,8 @@ from torch.special import ndtr as Phi
 from sdesens.functionals import Call, Digital, Discount, Functional
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.problem import Problem
-from sdesens.sde import SDE, Params, with_running_integral
+from sdesens.rewrite import with_running_integral
+from sdesens.sde import SDE, Params
 
 
 def gbm_call(
@@ -85,18 +86,22 @@ def _known(payoff: Functional, value, log: bool, ts, n_steps: int, params: Param
 
 
 def drift(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Drift of equation (1), (B, d)."""
     return p["r"] * y
 
 
 def diffusion(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Diffusion of equation (1)."""
     return (p["sigma"] * y).unsqueeze(-1)  # (B, 1, 1)
 
 
 def log_drift(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Drift of log S."""
     return (p["r"] - 0.5 * p["sigma"] ** 2).expand_as(y)
 
 
 def log_diffusion(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Diffusion of log S."""
     return p["sigma"].expand(*y.shape, 1)
 
 
@@ -111,6 +116,7 @@ def initial(p: Params) -> Tensor:
 
 
 def log_initial(p: Params) -> Tensor:
+    """Initial state in log S."""
     return torch.stack((p["s0"].log(), torch.zeros_like(p["s0"])))
 
 

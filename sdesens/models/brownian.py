@@ -47,10 +47,12 @@ def brownian(
 
 
 def drift(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Drift of equation (1), (B, d)."""
     return p["mu"].expand_as(y)
 
 
 def diffusion(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Diffusion of equation (1)."""
     return p["sigma"].expand_as(y)
 
 

@@ -24,7 +24,8 @@ from sdesens.functionals import Discount, Laplace
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.models.vasicek import initial
 from sdesens.problem import Problem
-from sdesens.sde import SDE, Params, with_running_integral
+from sdesens.rewrite import with_running_integral
+from sdesens.sde import SDE, Params
 
 
 def cir(
@@ -70,10 +71,12 @@ def positive_sqrt(x: Tensor) -> Tensor:
 
 
 def drift(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Drift of equation (1), (B, d)."""
     return p["kappa"] * (p["theta"] - y.clamp(min=0))
 
 
 def diffusion(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Diffusion of equation (1)."""
     return (p["sigma"] * positive_sqrt(y)).unsqueeze(-1)  # (B, 1, 1)
 
 

@@ -48,10 +48,12 @@ def gbm(
 
 
 def drift(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Drift of equation (1), (B, d)."""
     return p["mu"] * y
 
 
 def diffusion(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Diffusion of equation (1)."""
     return p["sigma"] * y
 
 

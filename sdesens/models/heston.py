@@ -29,7 +29,8 @@ from sdesens.models.black_scholes import rate
 from sdesens.models.cir import positive_sqrt
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.problem import Problem
-from sdesens.sde import SDE, Params, correlated_noise, with_running_integral
+from sdesens.rewrite import correlated_noise, with_running_integral
+from sdesens.sde import SDE, Params
 
 SPACING, NODES = 1 / 32, 320  # s up to 10, u up to 5500: past the reach of phi for total variances above 1e-5
 
@@ -79,11 +80,13 @@ def heston(
 
 
 def drift(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Drift of equation (1), (B, d)."""
     v = y[:, 1].clamp(min=0)
     return torch.stack((p["r"] - 0.5 * v, p["kappa"] * (p["theta"] - v)), dim=1)
 
 
 def volatility(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Volatilities of equation (1), (B, d)."""
     root = positive_sqrt(y[:, 1])
     return torch.stack((root, p["xi"] * root), dim=1)
 

@@ -59,11 +59,13 @@ def lotka_volterra(
 
 
 def drift(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Drift of equation (1), (B, d)."""
     prey, predator = y[:, 0], y[:, 1]
     return torch.stack((prey * (p["alpha"] - p["beta"] * predator), predator * (p["delta"] * prey - p["gamma"])), dim=1)
 
 
 def diffusion(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Diffusion of equation (1)."""
     return y * torch.stack((p["sigma1"], p["sigma2"]))
 
 

@@ -51,10 +51,12 @@ def ou(
 
 
 def drift(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Drift of equation (1), (B, d)."""
     return p["kappa"] * (p["m"] - y)
 
 
 def diffusion(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Diffusion of equation (1)."""
     return p["sigma"].expand_as(y)
 
 

@@ -52,14 +52,17 @@ def ou_nd(
 
 
 def drift(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Drift of equation (1), (B, d)."""
     return (y - p["mu"]) @ p["A"].mT
 
 
 def diffusion(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Diffusion of equation (1)."""
     return p["G"].expand(y.shape[0], -1, -1)
 
 
 def initial(p: Params) -> Tensor:
+    """Initial state, (d,)."""
     return p["x0"]
 
 

@@ -19,7 +19,8 @@ from sdesens.functionals import Discount
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.models.ou import drift
 from sdesens.problem import Problem
-from sdesens.sde import SDE, Params, with_running_integral
+from sdesens.rewrite import with_running_integral
+from sdesens.sde import SDE, Params
 
 
 def vasicek(
@@ -51,6 +52,7 @@ def vasicek(
 
 
 def diffusion(t: Tensor, y: Tensor, p: Params) -> Tensor:
+    """Diffusion of equation (1)."""
     return p["sigma"].expand(*y.shape, 1)  # (B, 1, 1)
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sdesens.problem import Theta
-from sdesens.sde import diffusion_derivative, noise_product
+from sdesens.rewrite import diffusion_derivative
+from sdesens.sde import noise_product
 from sdesens.sensitivity.tile import (
     Contributions,
     Tile,
