@@ -3,7 +3,8 @@
     G_k = [ F(theta + h_k e_k) - F(theta - h_k e_k) ] / (2 h_k),   the same Z in both runs.      (1)
 
 Error O(h^2) against the scheme's own derivative where F is smooth. h_k = eps^(1/3) max(|theta_k|, 1e-3), which balances
-truncation against rounding; a parameter that is zero has no scale of its own, and 1 stands in for |theta_k|. At a jump the mean is right as h -> 0 but its variance is O(1/h).
+truncation against rounding; a parameter that is zero has no scale of its own, and 1 stands in for |theta_k|. At a jump the
+mean is right as h -> 0 but its variance is O(1/h).
 """
 
 import torch
