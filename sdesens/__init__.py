@@ -1,6 +1,6 @@
 """sdesens: sensitivities of stochastic differential equations, d/dtheta E[F(X)], with honest error bars."""
 
-from sdesens.crosscheck import Answer, CrossCheck, crosscheck
+from sdesens.crosscheck import CrossCheck, crosscheck
 from sdesens.errors import SdesensError, ZeroGradientWarning
 from sdesens.estimate import Estimate
 from sdesens.integrate import sdeint
@@ -11,6 +11,7 @@ from sdesens.rewrite import correlated_noise, to_ito, to_stratonovich, with_runn
 from sdesens.sde import SDE, as_sde
 from sdesens.sensitivity import METHODS
 from sdesens.sensitivity.tangent import TangentPaths, tangent_paths
+from sdesens.verdict import Answer
 
 __version__ = "0.1.0"
 

@@ -3,8 +3,12 @@
 Exit status: 0 when every check passes, 1 when one fails (or a path becomes non-finite), 2 for bad input.
 """
 
+import importlib.metadata
 import importlib.util
+import inspect
 import json
+import math
+import os
 import sys
 import warnings
 from dataclasses import replace
@@ -15,10 +19,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sdesens.crosscheck import Answer, CrossCheck, crosscheck
+from sdesens.crosscheck import CrossCheck, crosscheck
 from sdesens.errors import ArgumentError, NonFiniteError, SdesensError
 from sdesens.models import MODELS, Known
+from sdesens.plot import check_file, report
 from sdesens.problem import Problem
+from sdesens.verdict import Answer
 
 app = typer.Typer(
     help="Sensitivities of stochastic differential equations, with error bars.",
@@ -26,6 +32,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"sdesens {importlib.metadata.version('sdesens')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -47,6 +68,8 @@ def check(
     plot: Annotated[Path | None, typer.Option(help="Write a picture to this file.")] = None,
 ) -> None:
     """Compute the sensitivities of a problem by several routes on the same noise, and say whether they agree."""
+    if plot is not None:
+        check_file(plot)  # before the work, not after it
     known = _load(target, steps)
     names = _split(wrt)
     answers = {
@@ -66,17 +89,15 @@ def check(
             answers=answers,
         )
     if plot is not None:
-        from sdesens.plot import report
-
         report(
             known.problem,
             next(iter(result.results[result.reference].gradient)),
             result.refinement,
-            str(plot),
+            plot,
             seed=seed,
         )
     if as_json:
-        print(json.dumps({"target": target, "seed": seed, **result.to_dict()}, indent=2, allow_nan=True))
+        print(json.dumps(_plain({"target": target, "seed": seed, **result.to_dict()}), indent=2, allow_nan=False))
     else:
         _show(target, known, result, plot)
     raise typer.Exit(0 if result.ok else 1)
@@ -127,11 +148,16 @@ def _load(target: str, steps: int | None) -> Known:
     if spec is None or spec.loader is None:
         raise ArgumentError(f"{file!r} is not a Python file: its name must end in .py.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    found = getattr(module, name, None)
-    if callable(found) and not isinstance(found, Problem | Known):
-        found = found()
+    sys.path.insert(0, str(path.resolve().parent))  # as `python FILE.py` would
+    try:
+        spec.loader.exec_module(module)
+        found = getattr(module, name, None)
+        if inspect.isfunction(found):
+            found = found()
+    except SdesensError:
+        raise
+    except Exception as error:
+        raise ArgumentError(f"{target!r} could not be run: {type(error).__name__}: {error}") from error
     if isinstance(found, Problem):
         found = Known(found, None, None)
     if not isinstance(found, Known):
@@ -141,12 +167,20 @@ def _load(target: str, steps: int | None) -> Known:
     return found if steps is None else replace(found, problem=found.problem.with_steps(steps), scheme=None)
 
 
+def _plain(x):
+    """Numbers that JSON has no word for become null."""
+    if isinstance(x, dict):
+        return {k: _plain(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_plain(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
+
+
 def _show(target: str, known: Known, result: CrossCheck, plot: Path | None) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=150)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 150
+    console = Console(width=width, emoji=False, markup=False, highlight=False)
     if known.notes:
-        console.print(known.notes, highlight=False, markup=False, soft_wrap=True)
+        console.print(known.notes, soft_wrap=True)
     console.print(result.table(narrow=console.width < 130))
     console.print(result.cost_table())
     failed = [c for c in result.comparisons if c.ok is False]

@@ -8,11 +8,16 @@ Inside a block, reverse-mode methods return the mean gradient of each group of `
 gives the standard error, with a t quantile for their finite number. Methods that know every path's gradient use that.
 """
 
+import difflib
+import hashlib
+import inspect
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +26,7 @@ from tqdm import tqdm
 from sdesens.errors import (
     ArgumentError,
     ArgumentTypeError,
+    NonFiniteError,
     ZeroGradientWarning,
 )
 from sdesens.estimate import Estimate, Moments, total
@@ -74,6 +80,7 @@ class Sensitivity:
     seconds: float
     blocks: tuple[Block, ...]
     weighted: bool = False
+    fingerprint: str = ""  # of problem and noise: runs that merge have the same
 
     def to_dict(self) -> dict:
         """Plain numbers."""
@@ -91,7 +98,13 @@ class Sensitivity:
         lines = [f"Sensitivity by {self.method}, {self.n_paths} paths x {self.n_steps} steps, {self.seconds:.2f} s"]
         rows = {"value": self.value, **{f"d/d {k}": v for k, v in self.gradient.items()}}
         width = max(map(len, rows))
-        lines += [f"  {name:<{width}}  {estimate!r}" for name, estimate in rows.items()]
+        bias = (
+            {}
+            if self.bias is None
+            else {"value": self.bias["value"], **{f"d/d {k}": self.bias[k] for k in self.gradient}}
+        )
+        for name, estimate in rows.items():
+            lines.append(f"  {name:<{width}}  {estimate!r}" + (f", bias {bias[name]!r}" if bias else ""))
         return "\n".join(lines)
 
 
@@ -101,13 +114,14 @@ def sensitivity(
     n_paths: int,
     method: str = "pathwise",
     wrt: Sequence[str] | str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     noise: Noise | None = None,
     first_path: int = 0,
     bias: bool = False,
     executor: Executor | None = None,
     progress: bool | None = None,
     tile_paths: int | None = None,
+    **options: Any,
 ) -> Sensitivity:
     """Estimate E[F(X)] and its derivatives, with standard errors.
 
@@ -123,9 +137,9 @@ def sensitivity(
         Parameters of the SDE, "y0", "t1". All parameters of the SDE if left out. "t1" moves the horizon and every output
         time in proportion; a functional that mentions the horizon itself must carry it as a state.
     seed : int
-        Seed of the Philox noise; ignored if `noise` is given.
+        Seed of the Philox noise, 0 if left out.
     noise : Noise, optional
-        Antithetic(Philox(seed)), GivenNoise(z, weights), ...
+        Instead of `seed`: Antithetic(Philox(seed)), GivenNoise(z, weights), ...
     first_path : int
         Index of the first path. Runs that start at multiples of 10,000 can be merged to the same bits as one run.
     bias : bool
@@ -137,6 +151,8 @@ def sensitivity(
         A progress bar on standard error; by default for runs of several seconds on a terminal.
     tile_paths : int, optional
         Paths worked on at once. Chosen from the state's size if left out; it does not change the numbers.
+    **options
+        Of the method itself, such as `relative_step` of "finite_difference"; unknown names raise.
 
     Returns
     -------
@@ -167,9 +183,9 @@ def sensitivity(
     -0.6...
     """
     began = time.perf_counter()
-    run = _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths)
+    run = _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, options)
     starts = run.block_starts()
-    mapped = map(run.block, starts) if executor is None else executor.map(run.block, starts)
+    mapped = map(run.block, starts) if executor is None else _executed(executor, run, starts)
     hidden = None if progress is None else not progress
     bar = tqdm(mapped, total=len(starts), desc=method, unit="block", delay=2.0, disable=hidden, leave=False)
     return _assemble(tuple(bar), run, time.perf_counter() - began)
@@ -187,6 +203,8 @@ def merge(*results: Sensitivity) -> Sensitivity:
     """
     if not results:
         raise ArgumentError("`merge` needs at least one result.")
+    if not all(isinstance(r, Sensitivity) for r in results):
+        raise ArgumentTypeError("`merge` takes results of `sensitivity` one by one: merge(*results) for a list.")
     ordered = sorted(results, key=lambda r: r.first_path)
     first = ordered[0]
     expected = first.first_path
@@ -196,6 +214,10 @@ def merge(*results: Sensitivity) -> Sensitivity:
             raise ArgumentError(
                 "`merge` needs results of one method, number of steps, choice of parameters and `bias`."
             )
+        if r.fingerprint != first.fingerprint:
+            raise ArgumentError(
+                "`merge` needs runs of one problem on one noise: parameters, state, grid or seed differ."
+            )
         if r.first_path != expected:
             raise ArgumentError(
                 f"`merge` needs consecutive paths: a run starts at path {r.first_path} where {expected} was expected; set "
@@ -204,7 +226,7 @@ def merge(*results: Sensitivity) -> Sensitivity:
         expected += r.n_paths
     blocks = tuple(block for r in ordered for block in r.blocks)
     seconds = sum(r.seconds for r in ordered)
-    return _result(blocks, first.method, first.n_steps, first.first_path, seconds, first.weighted)
+    return _result(blocks, first.method, first.n_steps, first.first_path, seconds, first.weighted, first.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -223,6 +245,7 @@ class _Run:
     noise_dim: int
     vectorised: bool
     weighted: bool
+    options: dict[str, Any]
 
     def block_starts(self) -> list[int]:
         end = self.first + self.n_paths
@@ -249,8 +272,60 @@ class _Run:
         rows = []
         for first, count, group in _tiles(start, end, self.tile_paths, self.group):
             tile = Tile(problem, noise, first, count, group, self.noise_dim, self.vectorised)
-            rows.append((count, _weigh(METHODS[self.method](tile, self.theta), tile, self.n_paths, self.weighted)))
+            contributions = METHODS[self.method](tile, self.theta, **self.options)
+            _check_finite(contributions, tile, self.method)
+            rows.append((count, _weigh(contributions, tile, self.n_paths, self.weighted)))
         return rows
+
+    def fingerprint(self) -> str:
+        """A digest of what is computed, to tell runs that belong together from those that do not."""
+        q, sde = self.problem, self.problem.sde
+        names = [getattr(f, "__qualname__", type(f).__qualname__) for f in (sde.drift, sde.diffusion, q.functional)]
+        noise = repr(self.noise) if self.noise.n_steps is None else type(self.noise).__qualname__
+        digest = hashlib.sha256(
+            repr((names, sde.noise_type, q.times.tolist(), q.n_steps, noise, self.options)).encode()
+        )
+        for value in (q.initial({}), *sde.params.values()):
+            digest.update(value.detach().cpu().double().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _check_finite(c: Contributions, tile: Tile, method: str) -> None:
+    """Raise NonFiniteError if a gradient is NaN or infinite although the paths are finite."""
+    for name, g in c.gradients.items():
+        bad = (~torch.isfinite(g)).reshape(g.shape[0], -1).any(1).nonzero().flatten()
+        if bad.numel():
+            size = tile.count // g.shape[0]
+            first = tile.first + int(bad[0]) * size
+            where = f"path {first}" if size == 1 else f"paths {first} ... {first + size - 1}"
+            cause = (
+                "the state reconstructed backwards left its domain or blew up: use method='pathwise'"
+                if "adjoint" in method
+                else "a coefficient or the functional has no finite derivative there (a square root or a norm at 0, a 0/0 "
+                "hidden by torch.where): give the branch that is not taken a safe argument"
+            )
+            raise NonFiniteError(
+                f"the {method} gradient with respect to {name!r} is NaN or infinite on {where}, though the path is finite: "
+                f"{cause}.",
+                paths=(first,),
+                n_bad=bad.numel() * size,
+            )
+
+
+def _executed(executor: Executor, run: _Run, starts: list[int]):
+    if not isinstance(executor, Executor):
+        raise ArgumentTypeError(
+            f"`executor` must be a concurrent.futures.Executor, got {executor!r:.60}: such as ThreadPoolExecutor(2)."
+        )
+    if isinstance(executor, ProcessPoolExecutor):
+        try:
+            pickle.dumps(run)
+        except Exception as error:
+            raise ArgumentError(
+                f"`problem` does not pickle, as a process pool needs ({error}): write drift, diffusion and functional as "
+                "functions of a module, not lambdas, and parameters as leaves; or use a ThreadPoolExecutor."
+            ) from error
+    return executor.map(run.block, starts)
 
 
 def _tiles(start: int, end: int, tile_paths: int, group: int):
@@ -297,7 +372,9 @@ def _moments(rows: list[tuple[int, dict[str, Tensor]]], unit: int) -> dict[str, 
 
 
 def _assemble(blocks: tuple[Block, ...], run: _Run, seconds: float) -> Sensitivity:
-    result = _result(blocks, run.method, run.problem.n_steps, run.first, seconds, run.weighted)
+    result = _result(
+        blocks, run.method, run.problem.n_steps, run.first, seconds, run.weighted, run.fingerprint()
+    )  # fmt: skip
     moments = {k: total(b.moments[k] for b in blocks) for k in result.gradient}
     zero = [k for k, m in moments.items() if not bool(m.mean.any()) and not bool(m.m2.any())]
     if zero:
@@ -312,7 +389,7 @@ def _assemble(blocks: tuple[Block, ...], run: _Run, seconds: float) -> Sensitivi
 
 
 def _result(
-    blocks: tuple[Block, ...], method: str, n_steps: int, first: int, seconds: float, weighted: bool
+    blocks: tuple[Block, ...], method: str, n_steps: int, first: int, seconds: float, weighted: bool, fingerprint: str
 ) -> Sensitivity:
     def collect(pick: Callable[[Block], dict[str, Moments]]) -> dict[str, Estimate]:
         return {k: total(pick(b)[k] for b in blocks).estimate(weighted=weighted) for k in pick(blocks[0])}
@@ -320,10 +397,10 @@ def _result(
     gradient = collect(lambda b: b.moments)
     value = gradient.pop("value")
     bias = None if blocks[0].bias is None else collect(lambda b: b.bias or {})
-    return Sensitivity(value, gradient, bias, method, value.n, n_steps, first, seconds, blocks, weighted)
+    return Sensitivity(value, gradient, bias, method, value.n, n_steps, first, seconds, blocks, weighted, fingerprint)
 
 
-def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths) -> _Run:
+def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, options) -> _Run:
     """Check everything that can be checked before work starts."""
     if not isinstance(problem, Problem):
         raise ArgumentTypeError(f"`problem` must be a Problem, got {type(problem).__name__}.")
@@ -336,7 +413,15 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
             raise ArgumentTypeError(f"`{name}` must be an int, got {number!r}.")
         if number < least:
             raise ArgumentError(f"`{name}` must be at least {least}, got {number}.")
-    source = Philox(seed) if noise is None else noise
+    known = [k for k, v in inspect.signature(METHODS[method]).parameters.items() if v.kind is v.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*inspect.signature(sensitivity).parameters, *known], 1)
+            hint = f"; did you mean `{near[0]}`?" if near else f"; method {method!r} has options {known}."
+            raise ArgumentTypeError(f"`sensitivity` has no argument `{name}`{hint}")
+    if noise is not None and seed is not None:
+        raise ArgumentError("give `seed` or `noise`, not both: the seed is part of the noise.")
+    source = Philox(0 if seed is None else seed) if noise is None else noise
     if not isinstance(source, Noise) or isinstance(source, type):
         raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
     if n_paths % source.unit or first_path % source.unit:
@@ -348,8 +433,9 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
     if bias and source.n_steps is not None:
         raise ArgumentError("`bias` runs n_steps and 2 n_steps, so it needs noise for any grid, such as Philox(seed).")
     theta = problem.leaves(wrt)
-    noise_dim = check_problem(problem, theta)
-    vectorised = survives_vmap(problem, theta, noise_dim)
+    differentiated = method != "finite_difference"
+    noise_dim = check_problem(problem, theta, differentiated=differentiated)
+    vectorised = not differentiated or survives_vmap(problem, theta, noise_dim)
     y0 = problem.initial({})
     weights = source.weights(first_path, n_paths, dtype=torch.float64, device=y0.device)
     weighted = weights is not None
@@ -363,7 +449,7 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
         tile = max(tile_paths // (ROW * group), 1) * ROW * group
     fine = source if bias else None
     return _Run(
-        problem, method, theta, source, fine, first_path, n_paths, group, tile, noise_dim, vectorised, weighted
+        problem, method, theta, source, fine, first_path, n_paths, group, tile, noise_dim, vectorised, weighted, options
     )  # fmt: skip
 
 

@@ -4,10 +4,12 @@ Readable in black and white: lines differ in style and markers, not in colour al
 imported when the first picture is drawn.
 """
 
+from pathlib import Path
 from typing import Any
 
-from sdesens.crosscheck import Refinement
+from sdesens.errors import ArgumentError
 from sdesens.problem import Problem
+from sdesens.refinement import Refinement
 from sdesens.sensitivity.tangent import tangent_paths
 
 STYLES = {
@@ -48,7 +50,7 @@ def sample_paths(
         left.plot(ts, states[:, i], **look)
         right.plot(ts, S[:, i], **look)
     left.set(xlabel="t", ylabel=f"$X_t$, component {component}", title="sample paths")
-    name = wrt if tangents[wrt].dim() == ys.dim() else f"{wrt}[0]"
+    name = wrt + (f"[{','.join('0' * (tangents[wrt].dim() - ys.dim()))}]" if tangents[wrt].dim() > ys.dim() else "")
     right.set(xlabel="t", ylabel=f"$\\partial X_t / \\partial$ {name}", title="their sensitivities, same noise")
     return left, right
 
@@ -71,10 +73,12 @@ def refinement(study: Refinement, *, axes: Any = None) -> Any:
         color, marker, line = STYLES.get(method, ("C5", "d", "-"))
         look = {"color": color, "marker": marker, "linestyle": line, "markerfacecolor": "none", "label": method}
         left.loglog(study.dt, errors, **look)
-        if method != "pathwise" and min(study.deviation[method]) > 0:
+        if study.deviates(method):
             right.loglog(study.dt, study.deviation[method], **look)
+        elif method != "pathwise":  # a flat line ten decades below would flatten the others
+            right.plot([], [], **{**look, "label": f"{method}: {study.deviation[method][-1]:.0e}"})
     for ax, rows in ((left, study.error), (right, study.deviation)):
-        top = 1.5 * max(max(v) for v in rows.values())
+        top = 1.5 * max((max(v) for k, v in rows.items() if ax is left or study.deviates(k)), default=1.0)
         for slope, line in ((0.5, "-"), (1.0, "--")):
             guide = [top * (h / max(study.dt)) ** slope for h in study.dt]
             ax.loglog(study.dt, guide, color="0.6", linestyle=line, linewidth=1, label=f"slope {slope:g}")
@@ -87,7 +91,20 @@ def refinement(study: Refinement, *, axes: Any = None) -> Any:
     return left, right
 
 
-def report(problem: Problem, wrt: str, study: Refinement | None, path: str, *, seed: int = 0) -> None:
+def check_file(path: Path) -> None:
+    """Raise ArgumentError unless a picture can be written to `path`."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in kinds:
+        raise ArgumentError(
+            f"no picture can be written to {str(path)!r}: its name must end in one of {', '.join(kinds)}."
+        )
+    if not path.resolve().parent.is_dir():
+        raise ArgumentError(f"no picture can be written to {str(path)!r}: there is no such folder.")
+
+
+def report(problem: Problem, wrt: str, study: Refinement | None, path: Path | str, *, seed: int = 0) -> None:
     """Write one picture: sample paths with their sensitivities, and the refinement study below if there is one."""
     import matplotlib
 

@@ -21,9 +21,12 @@ MAY_IMPORT = {
     "montecarlo": {"errors", "tensors", "noise", "sde", "problem", "integrate", "sensitivity", "estimate"},
     "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals"},
 }
-MAY_IMPORT["crosscheck"] = MAY_IMPORT["montecarlo"] | {"montecarlo"}
-MAY_IMPORT["plot"] = MAY_IMPORT["crosscheck"] | {"crosscheck"}
-MAY_IMPORT["cli"] = MAY_IMPORT["plot"] | {"plot", "models"}
+MAY_IMPORT["memory"] = set()
+MAY_IMPORT["refinement"] = MAY_IMPORT["montecarlo"]
+MAY_IMPORT["verdict"] = MAY_IMPORT["montecarlo"] | {"montecarlo", "refinement"}
+MAY_IMPORT["crosscheck"] = MAY_IMPORT["verdict"] | {"verdict", "memory"}
+MAY_IMPORT["plot"] = MAY_IMPORT["crosscheck"]
+MAY_IMPORT["cli"] = MAY_IMPORT["plot"] | {"crosscheck", "plot", "models"}
 
 
 def room(path: Path) -> str:

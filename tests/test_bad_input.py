@@ -574,7 +574,7 @@ def unused(**changes):
         ({"first_path": 2**63 - 50}, ArgumentError, "lie outside"),
         ({"tile_paths": 0}, ArgumentError, "`tile_paths` must be at least 1, got 0"),
         ({"tile_paths": 2.5}, ArgumentTypeError, "`tile_paths` must be an int"),
-        ({"seed": None}, ArgumentTypeError, "`seed` must be an int, got None"),
+        ({"seed": 1, "noise": Philox(1)}, ArgumentError, "give `seed` or `noise`, not both"),
         ({"seed": 1.5}, ArgumentTypeError, "`seed` must be an int, got 1.5"),
         ({"seed": 2**65}, ArgumentError, "`seed` must lie in"),
         ({"noise": 3}, ArgumentTypeError, r"`noise` must be a noise source such as Philox\(seed\), got int"),
@@ -669,10 +669,14 @@ def test_tensors_that_require_grad_are_taken_as_values():
 
 
 @pytest.mark.parametrize(
-    "call", [lambda: sdeint(gbm(), ones(3, 2), (0.0, 1.0), n_steps=8, sead=3), lambda: sensitivity(problem(), n_path=4)]
+    "call",
+    [
+        lambda: sdeint(gbm(), ones(3, 2), (0.0, 1.0), n_steps=8, sead=3),
+        lambda: sensitivity(problem(), n_paths=4, n_path=4),
+    ],
 )
 def test_unknown_keywords_are_type_errors(call):
-    with pytest.raises(TypeError, match=r"'sead'|'n_path'"):
+    with pytest.raises(TypeError, match=r"'sead'|`n_path`; did you mean `n_paths`"):
         call()
 
 

@@ -27,6 +27,9 @@ explosive = Problem(
     lambda ys, p: ys[-1, :, 0], y0=one, ts=(0.0, 1.0), n_steps=8,
 )
 not_a_problem = 3
+
+def needs_an_argument(x):
+    return problem
 """
 
 
@@ -79,6 +82,8 @@ def test_own_file(capsys, file, name):
         (["gbm", "--paths", "1"], "`n_paths` must be at least 2"),
         (["gbm", "--steps", "0"], "`n_steps` must be at least 1"),
         (["gbm", "--seed", str(2**70)], "`seed` must lie in"),
+        (["gbm", "--plot", "/no/such/folder/x.png"], "no such folder"),
+        (["gbm", "--plot", "x.foo"], "must end in one of"),
     ],
 )
 def test_bad_input_exits_2(capsys, args, message):
@@ -89,6 +94,35 @@ def test_bad_input_exits_2(capsys, args, message):
 def test_object_that_is_no_problem_exits_2(capsys, file):
     assert run("check", f"{file}:not_a_problem") == 2
     assert "problem" in capsys.readouterr().err
+
+
+def test_function_with_arguments_and_broken_file_exit_2(capsys, file, tmp_path):
+    assert run("check", f"{file}:needs_an_argument") == 2
+    assert "missing 1 required positional argument" in capsys.readouterr().err
+    broken = tmp_path / "broken.py"
+    broken.write_text("import sdesens\nx = (")
+    assert run("check", f"{broken}:x") == 2
+    assert "SyntaxError" in capsys.readouterr().err
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(capsys, tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(SOURCE + "\nbasket = problem\n")
+    assert run("check", f"{path}:basket", "--paths", "200", "--methods", "pathwise", "--no-refine") == 0
+    assert "my.py:basket: all 1 checks passed" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out.startswith("sdesens ")
+
+
+def test_json_has_null_for_what_is_not_a_number(capsys):
+    assert run("check", "gbm", *FAST, "--json", "--no-refine", "--methods", "pathwise") == 0
+    out = capsys.readouterr().out
+    assert "NaN" not in out
+    lines = json.loads(out)["comparisons"]
+    assert any(line["standard_error"] is None for line in lines if line["method"] == "closed form")
 
 
 def test_json_is_json(capsys):

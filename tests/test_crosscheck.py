@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from sdesens import Answer, Problem, crosscheck
-from sdesens.errors import ArgumentError
+from sdesens import SDE, Answer, Problem, crosscheck, sensitivity
+from sdesens.errors import ArgumentError, NonFiniteError, ZeroGradientWarning
 from sdesens.models import MODELS, gbm, gbm_digital, ou
 from sdesens.sensitivity.adjoint import adjoint
 from sdesens.sensitivity.pathwise import pathwise
@@ -71,6 +71,48 @@ def test_silent_zero_of_a_jump_fails():
     with pytest.warns(Warning, match="exactly zero on every path"):
         check = crosscheck(gbm_digital(n_steps=16).problem, wrt=("sigma",), methods=("pathwise", "forward"), **SMALL)
     assert verdicts(check, "pathwise") == {"sigma": False}
+
+
+def double_well():
+    """Langevin motion in a double well: the state run backwards leaves every bound."""
+    a = torch.tensor(4.0, dtype=torch.float64)
+    sde = SDE(lambda t, y, p: -p["a"] * y * (y * y - 1), lambda t, y, p: 0.7 * torch.ones_like(y), {"a": a})
+    return Problem(sde, lambda ys, p: ys[-1, :, 0] ** 2, 0.5 * torch.ones(1, dtype=torch.float64), (0.0, 4.0), 128)
+
+
+def test_adjoint_that_is_not_finite_fails():
+    with pytest.raises(NonFiniteError, match=r"the adjoint gradient with respect to 'a'.*use method='pathwise'"):
+        sensitivity(double_well(), n_paths=2000, method="adjoint")
+    check = crosscheck(double_well(), methods=("pathwise", "forward", "adjoint"), n_paths=2000, refine_paths=200)
+    assert verdicts(check, "forward") == {"a": True}
+    assert verdicts(check, "adjoint") == {"a": False}
+    assert "not finite" in repr(check)
+
+
+def test_float32_network_agrees_and_many_components_skip_differences():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    params = {k.replace(".", "_"): v.detach() for k, v in net.named_parameters()}
+
+    def drift(t, y, p):
+        return torch.tanh(y @ p["0_weight"].T + p["0_bias"]) @ p["2_weight"].T + p["2_bias"]
+
+    sde = SDE(drift, lambda t, y, p: 0.3 * torch.ones_like(y), params)
+    problem = Problem(sde, lambda ys, p: ys[-1, :, 0] ** 2, torch.ones(1), (0.0, 1.0), 16)
+    assert crosscheck(problem, methods=("pathwise", "forward", "finite_difference"), refine=False, n_paths=1000).ok
+    wide = {"0_weight": torch.randn(64, 1), "0_bias": torch.zeros(64), "2_weight": torch.randn(1, 64) / 64}
+    wide["2_bias"] = torch.zeros(1)
+    problem = dataclasses.replace(problem, sde=SDE(drift, sde.diffusion, wide))
+    assert "193 components" in crosscheck(problem, refine=False, n_paths=100).skipped["finite_difference"]
+
+
+def test_two_steps_and_a_gradient_that_vanishes_on_some_components():
+    # in two steps from v0 = theta, kappa has not moved anything that log S sees
+    with pytest.warns(ZeroGradientWarning, match="'kappa'"):
+        check = crosscheck(MODELS["heston"](n_steps=2).problem, n_paths=200, refine_paths=50)
+    assert verdicts(check, "pathwise")["kappa"] is False
+    assert verdicts(check, "forward")["kappa"] is None
+    assert verdicts(check, "forward")["xi"] is True
 
 
 def test_adjoint_is_not_judged_without_refinement():

@@ -12,7 +12,14 @@ random stream or changes any state.
 import torch
 from torch import Tensor
 
-from sdesens.errors import DtypeError, NoiseStructureError, NonFiniteError, NotAFunctionError, ShapeError
+from sdesens.errors import (
+    DtypeError,
+    NoiseStructureError,
+    NonFiniteError,
+    NotAFunctionError,
+    ShapeError,
+    UnknownParameterError,
+)
 from sdesens.integrate import euler
 from sdesens.noise import Philox
 from sdesens.sde import SDE, Coefficient, Params
@@ -163,6 +170,10 @@ def _check_jacobian(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:
 def _evaluate(name: str, function: Coefficient, t: Tensor, y: Tensor, p: Params):
     try:
         return function(t, y, p)
+    except KeyError as error:
+        raise UnknownParameterError(
+            f"`{name}(t, y, p)` asks for p[{error}], but `params` has {', '.join(map(repr, p)) or 'none'}: name it there."
+        ) from error
     except RuntimeError as error:
         raise ShapeError(
             f"`{name}(t, y, p)` failed on y of shape {tuple(y.shape)}: {error}. It must work for any number of paths (axis 0 "

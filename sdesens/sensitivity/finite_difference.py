@@ -8,6 +8,7 @@ mean is right as h -> 0 but its variance is O(1/h).
 """
 
 import torch
+from torch import Tensor
 
 from sdesens.problem import Theta
 from sdesens.sensitivity.tile import Contributions, Tile
@@ -34,15 +35,24 @@ def finite_difference(tile: Tile, theta: Theta, *, relative_step: float | None =
         relative = torch.finfo(ys.dtype).eps ** (1 / 3) if relative_step is None else relative_step
         gradients = {}
         for name, value in theta.items():
-            columns = []
+            columns, steps = [], relative * _size(value)
             for i in range(value.numel()):
-                size = abs(float(value.flatten()[i]))
-                step = relative * (max(size, 1e-3) if size else 1.0)
+                step = float(steps.flatten()[i])
                 up, down = (_bumped(theta, name, i, s) for s in (step, -step))
                 width = float(up[name].flatten()[i].double() - down[name].flatten()[i].double())  # as represented
                 columns.append((_values(tile, up).double() - _values(tile, down).double()) / width)
             gradients[name] = torch.stack(columns, 1).reshape(-1, *value.shape)
     return Contributions(values, gradients)
+
+
+def bump(value: Tensor, eps: float) -> Tensor:
+    """The step h of each component of a parameter, for a computation with rounding unit eps."""
+    return eps ** (1 / 3) * _size(value)
+
+
+def _size(value: Tensor) -> Tensor:
+    size = value.detach().abs()
+    return torch.where(size > 0, size.clamp_min(1e-3), 1.0)
 
 
 def _bumped(theta: Theta, name: str, i: int, step: float) -> Theta:

@@ -14,6 +14,7 @@ from sdesens.errors import (
     ArgumentError,
     DetachedError,
     NotAFunctionError,
+    SdesensError,
     ShapeError,
     SlowPathWarning,
     UnusedParameterError,
@@ -26,8 +27,10 @@ from sdesens.sde import require_ito
 from sdesens.sensitivity.tile import Tile, group_leaves
 
 
-def check_problem(problem: Problem, theta: Theta) -> int:
+def check_problem(problem: Problem, theta: Theta, *, differentiated: bool = True) -> int:
     """Run every cheap check on a problem; returns the noise dimension.
+
+    `differentiated` says whether autograd is to go through the functional; central differences do not need it.
 
     Raises
     ------
@@ -44,7 +47,9 @@ def check_problem(problem: Problem, theta: Theta) -> int:
     with torch.no_grad():
         noise_dim = check_shapes(sde, p, torch.tensor(problem.t0, dtype=y0.dtype, device=y0.device), batch)
     check_sde(sde, p, problem.t0, dt, y0, noise_dim, 0)
-    _check_functional(problem, theta, noise_dim)
+    _check_functional(problem, theta, noise_dim, differentiated)
+    if differentiated:
+        _check_attached(problem, theta, noise_dim)
     return noise_dim
 
 
@@ -67,7 +72,7 @@ def _single_step(n: int) -> Chunk:
     return Chunk(n, 1, (1,), ())
 
 
-def _check_functional(problem: Problem, theta: Theta, noise_dim: int) -> None:
+def _check_functional(problem: Problem, theta: Theta, noise_dim: int, differentiated: bool) -> None:
     leaves = {k: v.detach().requires_grad_() for k, v in theta.items()}
     with torch.enable_grad():
         ys = _probe(problem, leaves, noise_dim)
@@ -104,9 +109,12 @@ def _check_functional(problem: Problem, theta: Theta, noise_dim: int) -> None:
     if not theta:
         raise ArgumentError("there is nothing to differentiate in: give `wrt`, or parameters to the SDE.")
     if not values.requires_grad:
+        if not differentiated:
+            return
         raise DetachedError(
             "`functional(ys, p)` returned a tensor that is cut off from the path and from the parameters (a comparison, "
-            "detach(), .item(), numpy, or a cast): its gradient would be missing, not zero."
+            "detach(), .item(), numpy, or a cast): its gradient would be missing, not zero. Smooth it, or use "
+            "method='finite_difference' with a wide relative_step, such as 0.01."
         )
     ones = torch.ones_like(values)
     found = torch.autograd.grad(values, list(leaves.values()), ones, allow_unused=True)
@@ -116,6 +124,51 @@ def _check_functional(problem: Problem, theta: Theta, noise_dim: int) -> None:
             f"the result cannot depend on {', '.join(map(repr, unused))}: it enters neither drift, diffusion, initial state "
             "nor functional as a tensor (or only detached). Remove it from `wrt`, or use it through p."
         )
+
+
+def _check_attached(problem: Problem, theta: Theta, noise_dim: int) -> None:
+    """Check that autograd sees all of a parameter's influence, against a central difference on a short path.
+
+    A coefficient that uses p["r"].item() moves with r, but its gradient does not. The parameter is moved a little off its
+    value first, so that a kink which sits exactly there (a ReLU with zero bias) is not taken for a fault. Only a gross
+    difference, in every path of the probe that moves, counts: a kink or a jump may lie within the difference of one.
+    """
+    for name, value in theta.items():
+        size = value.detach().abs() + 1e-2
+        u, v = (
+            Philox(k, PROBE_STREAM)
+            .normals(0, value.numel(), 0, 1, 1, dtype=value.dtype, device=value.device)
+            .reshape(value.shape)
+            for k in (1, 2)
+        )
+        base, direction = value.detach() + 1e-3 * size * u, size * v
+
+        def values(s: Tensor, base=base, direction=direction, name=name) -> Tensor:
+            at = {**theta, name: base + s * direction}
+            return problem.functional(_probe(problem, at, noise_dim), problem.params(at)).double()
+
+        try:
+            step = torch.finfo(problem.initial({}).dtype).eps ** (1 / 3)
+            s = torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True)
+            with torch.enable_grad():
+                F = values(s)
+                own = [torch.autograd.grad(x, s, retain_graph=True, allow_unused=True)[0] for x in F]
+            with torch.no_grad():
+                by_difference = (values(s + step) - values(s - step)) / (2 * step)
+        except (SdesensError, RuntimeError, ArithmeticError):
+            continue  # the parameter cannot be moved freely (a correlation matrix): nothing to compare with
+        by_autograd = torch.stack([torch.zeros_like(by_difference[0]) if g is None else g.double() for g in own])
+        gap = (by_autograd - by_difference).abs()
+        noise = 1e3 * step**2 * F.detach().abs()
+        wrong = gap > 0.05 * torch.maximum(by_autograd.abs(), by_difference.abs()) + noise
+        moves = (by_autograd != 0) | (by_difference.abs() > noise)
+        if bool(moves.any()) and bool((wrong | ~moves).all()) and bool(torch.isfinite(gap).all()):
+            raise DetachedError(
+                f"{name!r} moves the result by {float(by_difference[moves][0]):.4g} (central difference on a short path, in one "
+                f"direction), but autograd sees {float(by_autograd[moves][0]):.4g}: a coefficient or the functional uses it "
+                "detached (.item(), float(), .detach(), numpy, no_grad), or a custom backward is wrong. Use p[...] as a "
+                "tensor throughout."
+            )
 
 
 def _taken_up(problem: Problem, leaves: Theta, names: list[str], noise_dim: int) -> bool:
