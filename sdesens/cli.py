@@ -131,7 +131,12 @@ def _complain(error: Exception, status: int) -> int:
 
 
 def _split(names: str | None) -> tuple[str, ...] | None:
-    return None if names is None else tuple(n.strip() for n in names.split(",") if n.strip())
+    if names is None:
+        return None
+    found = tuple(n.strip() for n in names.split(",") if n.strip())
+    if not found:
+        raise ArgumentError(f"{names!r} names nothing: separate names by commas, or leave the option out.")
+    return found
 
 
 def _load(target: str, steps: int | None) -> Known:

@@ -30,7 +30,7 @@ from sdesens.errors import (
     ZeroGradientWarning,
 )
 from sdesens.estimate import Estimate, Moments, total
-from sdesens.noise import Coarsened, Noise, Philox
+from sdesens.noise import Coarsened, Noise, Philox, independent
 from sdesens.problem import Problem
 from sdesens.sensitivity import METHODS
 from sdesens.sensitivity.probe import check_problem, survives_vmap
@@ -108,6 +108,7 @@ class Sensitivity:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)
 def sensitivity(
     problem: Problem,
     *,
@@ -301,6 +302,8 @@ def _check_finite(c: Contributions, tile: Tile, method: str) -> None:
             cause = (
                 "the state reconstructed backwards left its domain or blew up: use method='pathwise'"
                 if "adjoint" in method
+                else "a bumped run left the domain: take a smaller `relative_step`"
+                if method == "finite_difference"
                 else "a coefficient or the functional has no finite derivative there (a square root or a norm at 0, a 0/0 "
                 "hidden by torch.where): give the branch that is not taken a safe argument"
             )
@@ -376,10 +379,14 @@ def _assemble(blocks: tuple[Block, ...], run: _Run, seconds: float) -> Sensitivi
         blocks, run.method, run.problem.n_steps, run.first, seconds, run.weighted, run.fingerprint()
     )  # fmt: skip
     moments = {k: total(b.moments[k] for b in blocks) for k in result.gradient}
-    zero = [k for k, m in moments.items() if not bool(m.mean.any()) and not bool(m.m2.any())]
+    zero = []
+    for name, m in moments.items():
+        still = (m.mean == 0) & (m.m2 == 0)
+        if bool(still.any()):
+            zero.append(name if bool(still.all()) else f"{name} ({int(still.sum())} of its {still.numel()} components)")
     if zero:
         warnings.warn(
-            f"the {run.method} gradient with respect to {', '.join(map(repr, zero))} is exactly zero on every path. Either "
+            f"the {run.method} gradient with respect to {', '.join(zero)} is exactly zero on every path. Either "
             "the result does not depend on it, or the functional jumps (an indicator, a rounding, a comparison) and its "
             "pathwise derivative misses the jump: compare with method='finite_difference'.",
             ZeroGradientWarning,
@@ -444,21 +451,21 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
             f"the weights of paths {first_path} ... {first_path + n_paths - 1} sum to {float(weights.sum())!r}, not 1: a "
             "weighted sum needs all its paths in one run."
         )
-    group, tile = _sizes(problem, theta, y0, noise_dim, n_paths, source.unit, weighted, method)
+    group, tile = _sizes(problem, theta, y0, noise_dim, first_path, n_paths, source.unit, weighted, method)
     if tile_paths is not None:
         tile = max(tile_paths // (ROW * group), 1) * ROW * group
-    fine = source if bias else None
+    fine = independent(source) if bias else None  # so that value and bias have independent errors
     return _Run(
         problem, method, theta, source, fine, first_path, n_paths, group, tile, noise_dim, vectorised, weighted, options
     )  # fmt: skip
 
 
-def _sizes(problem, theta, y0, noise_dim, n_paths, unit, weighted, method) -> tuple[int, int]:
+def _sizes(problem, theta, y0, noise_dim, first_path, n_paths, unit, weighted, method) -> tuple[int, int]:
     """Paths a group and paths a tile, from the sizes of state, noise, outputs and tangents."""
     tangents = 1 + (sum(v.numel() for v in theta.values()) if method == "forward" else 0)
     kept = y0.numel() * tangents * len(problem.outputs) * y0.element_size()
     most = max(min(TILE_NUMBERS // max(y0.numel(), noise_dim), TILE_OUTPUT_BYTES // kept, BLOCK), 1)
-    group = GROUP if n_paths >= BLOCK else max(n_paths // 50, 1)  # a small run still gets 50 groups
+    group = GROUP if first_path + n_paths >= BLOCK else max(n_paths // 50, 1)  # a small first run still gets 50 groups
     group = 1 if weighted else min(group, max(most // ROW, 1))
     group = max(group // unit, 1) * unit
     while BLOCK % group:  # groups may not straddle blocks

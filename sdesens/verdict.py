@@ -4,7 +4,8 @@
     rounding      |g - g_ref| <= 1e3 u,          u = eps x rms of one path's gradient
     differences   |g - g_ref| <= 1e-6 rms (float64) plus the rounding of F in a difference quotient, or 0.05 standard errors
                   (a kink moves a few paths by much)
-    converges     the RMS over paths of G - G_ref falls at order >= 0.35 over two halvings of dt, or is rounding
+    converges     the RMS over paths (and components) of G - G_ref falls at order >= 0.35 over two halvings of dt, or is
+                  rounding
     scheme        |g_ref - exact| <= 4.5 standard errors, exact answer of the Euler-Maruyama chain
     closed form   the same for the SDE's answer, once the estimated bias is taken off
 
@@ -152,7 +153,9 @@ def compare(method: str, e: Evidence) -> Comparison:
     relation = "differences" if "finite_difference" in (method, e.reference) else RELATION[method]
     ok: bool | None
     if method == e.reference:
-        ok, verdict = (False, "exactly zero on every path: a jump?") if e.is_zero else (True, "the reference")
+        zero = (ref.mean == 0) & (ref.standard_error == 0)
+        some = f"; {int(zero.sum())} of {zero.numel()} components exactly zero" if bool(zero.any()) else ""
+        ok, verdict = (False, "exactly zero on every path: a jump?") if e.is_zero else (True, "the reference" + some)
     elif e.is_zero and not bool(gap.any()):
         ok, verdict = None, "as zero as the reference"
     elif relation == "rounding":
@@ -160,7 +163,9 @@ def compare(method: str, e: Evidence) -> Comparison:
     elif relation == "differences":
         ok, verdict = _difference(e, gap, scale)
     else:
-        ok, verdict = (True, "the same to rounding") if within else _convergence(method, gap / scale, e.refinement)
+        ok, verdict = (
+            (True, "the same to rounding") if within else _convergence(method, e.name, gap / scale, e.refinement)
+        )
     at = e.at
     return Comparison(
         method,
@@ -186,10 +191,10 @@ def _difference(e: Evidence, gap: Tensor, scale: Tensor) -> tuple[bool, str]:
     return False, "not the same derivative"
 
 
-def _convergence(method: str, ratio: Tensor, refinement: Refinement | None) -> tuple[bool | None, str]:
+def _convergence(method: str, name: str, ratio: Tensor, refinement: Refinement | None) -> tuple[bool | None, str]:
     if refinement is None:
         return None, "O(dt^1/2) a path, not judged without refinement"
-    off, order = f"{100 * float(ratio.max()):.2g} % of rms off", refinement.order(method)
+    off, order = f"{100 * float(ratio.max()):.2g} % of rms off", refinement.order_in(method, name)
     if order >= LEAST_ORDER:
         return True, f"{off}, order {order:.2f} in dt"
     return False, f"{off}, order {order:.2f}: does not converge"

@@ -44,6 +44,7 @@ def run(*args, monkeypatch=None):
     """Exit status of the real entry point."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sdesens", *args])
+        patch.delenv("COLUMNS", raising=False)  # a test runner may set a narrow one
         with pytest.raises(SystemExit) as stop:
             main()
     return stop.value.code or 0

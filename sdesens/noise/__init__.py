@@ -1,5 +1,5 @@
 """Where randomness comes from: standard normals as addressable data."""
 
-from sdesens.noise.source import Antithetic, Coarsened, GivenNoise, Held, Noise, Philox, coarsen
+from sdesens.noise.source import Antithetic, Coarsened, GivenNoise, Held, Noise, Philox, coarsen, independent
 
-__all__ = ["Antithetic", "Coarsened", "GivenNoise", "Held", "Noise", "Philox", "coarsen"]
+__all__ = ["Antithetic", "Coarsened", "GivenNoise", "Held", "Noise", "Philox", "coarsen", "independent"]

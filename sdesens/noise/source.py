@@ -18,7 +18,7 @@ Reference: G. Box, M. Muller, Ann. Math. Statist. 29 (1958) 610. This file knows
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -265,6 +265,11 @@ class Coarsened:
     def __post_init__(self):
         _check_source(self.source)
         _check_factor(self.factor)
+        if self.source.n_steps is not None and self.source.n_steps % self.factor:
+            raise ArgumentError(
+                f"`factor` = {self.factor} does not divide the {self.source.n_steps} steps that `source` holds: give noise for "
+                "a whole number of coarse steps."
+            )
 
     @property
     def unit(self) -> int:
@@ -312,6 +317,15 @@ class Held:
 
     def weights(self, first, count, *, dtype, device):
         return self.source.weights(first, count, dtype=dtype, device=device)
+
+
+def independent(source: Noise) -> Noise:
+    """The same kind of noise on other numbers: the next stream of the Philox beneath."""
+    if isinstance(source, Philox):
+        return replace(source, stream=(source.stream + 1) % 2**32)
+    if isinstance(source, Antithetic | Coarsened):
+        return replace(source, source=independent(source.source))
+    return source
 
 
 def _check_source(source) -> None:

@@ -2,9 +2,9 @@
 
     G_k = [ F(theta + h_k e_k) - F(theta - h_k e_k) ] / (2 h_k),   the same Z in both runs.      (1)
 
-Error O(h^2) against the scheme's own derivative where F is smooth. h_k = eps^(1/3) max(|theta_k|, 1e-3), which balances
-truncation against rounding; a parameter that is zero has no scale of its own, and 1 stands in for |theta_k|. At a jump the
-mean is right as h -> 0 but its variance is O(1/h).
+Error O(h^2) against the scheme's own derivative where F is smooth. h_k = eps^(1/3) |theta_k| balances truncation against
+rounding and never leaves the domain of a positive parameter; one that is zero has no scale of its own, and 1 stands in for
+|theta_k|. At a jump the mean is right as h -> 0 but its variance is O(1/h).
 """
 
 import torch
@@ -20,7 +20,7 @@ def finite_difference(tile: Tile, theta: Theta, *, relative_step: float | None =
     Parameters
     ----------
     relative_step : float, optional
-        h_k / max(|theta_k|, 1e-3), or h_k itself at theta_k = 0; by default the cube root of the dtype's rounding unit.
+        h_k / |theta_k|, or h_k itself at theta_k = 0; by default the cube root of the dtype's rounding unit.
 
     Raises
     ------
@@ -32,10 +32,10 @@ def finite_difference(tile: Tile, theta: Theta, *, relative_step: float | None =
         ys = tile.paths(theta)
         values = tile.values(theta, ys)
         tile.check(theta, ys, values)
-        relative = torch.finfo(ys.dtype).eps ** (1 / 3) if relative_step is None else relative_step
         gradients = {}
         for name, value in theta.items():
-            columns, steps = [], relative * _size(value)
+            eps = max(torch.finfo(ys.dtype).eps, torch.finfo(value.dtype).eps)
+            columns, steps = [], bump(value, eps) if relative_step is None else relative_step * _size(value)
             for i in range(value.numel()):
                 step = float(steps.flatten()[i])
                 up, down = (_bumped(theta, name, i, s) for s in (step, -step))
@@ -52,7 +52,7 @@ def bump(value: Tensor, eps: float) -> Tensor:
 
 def _size(value: Tensor) -> Tensor:
     size = value.detach().abs()
-    return torch.where(size > 0, size.clamp_min(1e-3), 1.0)
+    return torch.where(size > 0, size, 1.0)
 
 
 def _bumped(theta: Theta, name: str, i: int, step: float) -> Theta:

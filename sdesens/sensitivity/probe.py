@@ -59,13 +59,18 @@ def _probe(problem: Problem, theta: Theta, noise_dim: int) -> Tensor:
     y = y0.expand(PROBE_PATHS, *y0.shape)
     states = [y]
     dynamics = Dynamics(problem.sde, problem.params(theta), problem.t0, problem.step_size(theta))
-    for n in sorted({0, problem.n_steps // 2, problem.n_steps - 1}):
+    for n in _looked_at(problem):
         z = Philox(0, PROBE_STREAM).normals(0, PROBE_PATHS, n, 1, noise_dim, dtype=y.dtype, device=y.device)
         y = advance(dynamics, _single_step(n), y, z)[-1]
         states.append(y)
     return torch.stack(
         [states[0]] + [states[min(i, len(states) - 1)] for i in range(1, len(problem.outputs) - 1)] + [y]
     )
+
+
+def _looked_at(problem: Problem) -> list[int]:
+    """The first, the middle and the last step."""
+    return sorted({0, problem.n_steps // 2, problem.n_steps - 1})
 
 
 def _single_step(n: int) -> Chunk:
@@ -195,18 +200,23 @@ def survives_vmap(problem: Problem, theta: Theta, noise_dim: int) -> bool:
     tile = Tile(problem, Philox(0, PROBE_STREAM), 0, PROBE_PATHS, 2, noise_dim)
 
     def run(th: Theta, z: Tensor) -> Tensor:
-        start = problem.initial(th)
-        y = advance(tile.dynamics(th), _single_step(0), start.expand(2, *start.shape), z)
-        return tile.values(th, torch.stack([y[-1]] * len(problem.outputs)))
+        y0 = problem.initial(th)
+        states = [y0.expand(2, *y0.shape)]
+        for n, step_noise in zip(steps, z, strict=True):
+            states.append(advance(tile.dynamics(th), _single_step(n), states[-1], step_noise[None])[-1])
+        return tile.values(th, torch.stack([states[0], *[states[-1]] * (len(problem.outputs) - 1)]))
 
-    z = tile.per_group(tile.driver.normals(_single_step(0), tile.start({})), 1)
+    steps = _looked_at(problem)
+    y = tile.start({})
+    z = torch.cat([tile.driver.normals(_single_step(n), y) for n in steps])
     try:
-        tile.map_groups(run, (0, 1))(group_leaves(tile, theta), z)
+        tile.map_groups(run, (0, 1))(group_leaves(tile, theta), tile.per_group(z, 1))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         warnings.warn(
             f"a coefficient or the functional cannot be vectorised by torch.func.vmap ({reason:.200}); groups of paths are "
-            "visited one by one, which is slower. Writing into a fresh tensor is the usual cause: use torch.stack instead.",
+            "visited one by one, which is slower. The usual causes: writing into a fresh tensor (use torch.stack), and Python "
+            "branches on values (use torch.where).",
             SlowPathWarning,
             stacklevel=4,
         )

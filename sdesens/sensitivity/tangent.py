@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdesens.errors import ArgumentError, ArgumentTypeError
 from sdesens.noise import Noise, Philox
 from sdesens.problem import Problem
 from sdesens.sensitivity.forward import basis
@@ -65,6 +66,15 @@ def tangent_paths(
     torch.Size([51, 3, 1])
     """
     theta = problem.leaves(wrt)
+    source = Philox(seed) if noise is None else noise
+    if isinstance(n_paths, bool) or not isinstance(n_paths, int) or n_paths < 1:
+        raise ArgumentError(f"`n_paths` must be a positive int, got {n_paths!r}.")
+    if not isinstance(source, Noise) or isinstance(source, type):
+        raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
+    if source.n_steps not in (None, problem.n_steps):
+        raise ArgumentError(
+            f"the given noise holds {source.n_steps} steps, the problem has n_steps = {problem.n_steps}."
+        )
     if every_step:
         grid = problem.t0 + torch.arange(problem.n_steps + 1, dtype=torch.float64) * problem.dt
         grid[-1] = problem.t1
@@ -72,12 +82,13 @@ def tangent_paths(
     else:
         dense = problem
     noise_dim = check_problem(problem, theta)
-    tile = Tile(dense, Philox(seed) if noise is None else noise, 0, n_paths, n_paths, noise_dim)
+    tile = Tile(dense, source, 0, n_paths, n_paths, noise_dim)
     ys, columns = torch.empty(0), []
     with torch.no_grad():
         for unit in basis(theta):
             ys, column = jvp(tile.paths, (theta,), (unit,))
             columns.append(column)
+    tile.check(theta, ys, ys.flatten(2).sum((0, 2)))
     tangents, reached = {}, 0
     for name, value in theta.items():
         mine = columns[reached : reached + value.numel()]

@@ -44,7 +44,7 @@ def torchsde_adjoint(tile: Tile, theta: Theta) -> Contributions:
     own = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
     start = tile.start(theta).detach().flatten(1).requires_grad_()
     increments = tile.normals(start) * math.sqrt(problem.dt)
-    ts = torch.tensor([problem.t0 + k * problem.dt for k in problem.outputs], dtype=start.dtype, device=start.device)
+    ts = torch.tensor([problem.t0 + k * problem.dt for k in problem.outputs], dtype=torch.float64, device=start.device)
     with torch.enable_grad():
         ys = torchsde.sdeint_adjoint(
             _Wrapped(tile, own),
@@ -76,6 +76,7 @@ class _Wrapped:
 
     def _call(self, coefficient, t, y):
         tile, problem = self.tile, self.tile.problem
+        t = t.to(y.dtype)
         x = tile.per_group(y.reshape(tile.count, *problem.initial({}).shape))
 
         def evaluate(theta, x, t):
