@@ -383,7 +383,8 @@ def _assemble(blocks: tuple[Block, ...], run: _Run, seconds: float) -> Sensitivi
     for name, m in moments.items():
         still = (m.mean == 0) & (m.m2 == 0)
         if bool(still.any()):
-            zero.append(name if bool(still.all()) else f"{name} ({int(still.sum())} of its {still.numel()} components)")
+            some = "" if bool(still.all()) else f" ({int(still.sum())} of its {still.numel()} components)"
+            zero.append(f"{name!r}{some}")
     if zero:
         warnings.warn(
             f"the {run.method} gradient with respect to {', '.join(zero)} is exactly zero on every path. Either "

@@ -40,6 +40,20 @@ def test_every_route_agrees_on_gbm():
     assert check.refinement.order("pathwise", "error") == pytest.approx(0.5, abs=0.15)
 
 
+def test_a_wrong_parameter_is_not_hidden_by_another(monkeypatch):
+    def skewed(tile, theta):
+        found = adjoint(tile, theta)
+        return dataclasses.replace(found, gradients={**found.gradients, "s": found.gradients["s"] * 0.9})
+
+    one = torch.ones(1, dtype=torch.float64)
+    params = {"mu": 0.5 * one[0], "k": 0.8 * one[0], "s": 0.3 * one[0]}
+    sde = SDE(lambda t, y, p: p["mu"] * y + p["s"], lambda t, y, p: p["k"] * y, params)
+    problem = Problem(sde, lambda ys, p: ys[-1, :, 0] ** 2, one, (0.0, 1.0), 64)
+    assert crosscheck(problem, methods=("pathwise", "adjoint"), **SMALL).ok
+    monkeypatch.setitem(module.METHODS, "adjoint", skewed)
+    assert verdicts(crosscheck(problem, methods=("pathwise", "adjoint"), **SMALL), "adjoint")["s"] is False
+
+
 @pytest.mark.parametrize(
     ("name", "broken", "caught"),
     [

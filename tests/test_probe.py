@@ -1,12 +1,13 @@
 """Gradients that autograd would get wrong in silence are refused before a run."""
 
-from concurrent.futures import ProcessPoolExecutor
+import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import pytest
 import torch
 
-from sdesens import SDE, Philox, Problem, merge, sensitivity
-from sdesens.errors import ArgumentError, ArgumentTypeError, DetachedError, UnknownParameterError
+from sdesens import SDE, GivenNoise, Philox, Problem, as_sde, merge, sdeint, sensitivity, tangent_paths
+from sdesens.errors import ArgumentError, ArgumentTypeError, DetachedError, UnknownParameterError, ZeroGradientWarning
 
 ONE = torch.ones(1, dtype=torch.float64)
 PARAMS = {"r": 0.05 * ONE[0], "sigma": 0.2 * ONE[0]}
@@ -124,3 +125,81 @@ def test_executors_that_cannot_work():
 
 def test_bias_is_printed_with_the_estimate():
     assert ", bias " in repr(sensitivity(problem(), n_paths=100, bias=True))
+
+
+class Module(torch.nn.Module):
+    noise_type, sde_type = "diagonal", "ito"
+
+    def __init__(self):
+        super().__init__()
+        self.rate = torch.nn.Parameter(1.0 * ONE[0])
+
+    def f(self, t, y):
+        return -self.rate * y
+
+    def g(self, t, y):
+        return 0.3 * torch.ones_like(y)
+
+
+@pytest.mark.parametrize("method", ["pathwise", "forward", "finite_difference", "adjoint"])
+def test_threads_share_a_module(method):
+    module = Module()
+    shared = Problem(as_sde(module), lambda ys, p: ys[-1, :, 0] ** 2, ONE, (0.0, 1.0), 6)
+    alone = sensitivity(shared, n_paths=40_000, method=method)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change places as often as they can
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            together = sensitivity(shared, n_paths=40_000, method=method, executor=pool)
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.equal(together.gradient["rate"].mean, alone.gradient["rate"].mean)
+    assert type(module.rate) is torch.nn.Parameter
+
+
+def test_module_is_read_as_it_is_at_the_call():
+    module = Module()
+    sde = as_sde(module)
+    problem = Problem(sde, lambda ys, p: ys[-1, :, 0] ** 2, ONE, (0.0, 1.0), 6)
+    before = sensitivity(problem, n_paths=100).value.mean
+    module.rate = torch.nn.Parameter(2.0 * ONE[0])  # the SDE keeps the parameters it was made with
+    assert torch.equal(sensitivity(problem, n_paths=100).value.mean, before)
+
+
+def test_inference_mode_does_not_matter():
+    expected = sensitivity(problem(), n_paths=100)
+    with torch.inference_mode():
+        assert torch.equal(sensitivity(problem(), n_paths=100).gradient["r"].mean, expected.gradient["r"].mean)
+        assert sdeint(problem().sde, torch.ones(3, 1, dtype=torch.float64), (0.0, 1.0), n_steps=4).shape == (2, 3, 1)
+
+
+def test_zero_component_of_a_vector_is_named():
+    vector = {"a": torch.tensor([0.05, 0.2], dtype=torch.float64)}
+    sde = SDE(lambda t, y, p: p["a"][0] * y, lambda t, y, p: 0.2 * y, vector)
+    with pytest.warns(ZeroGradientWarning, match=r"'a' \(1 of its 2 components\)"):
+        sensitivity(Problem(sde, lambda ys, p: ys[-1, :, 0], ONE, (0.0, 1.0), 4), n_paths=10)
+
+
+def test_differences_keep_the_sign_of_a_small_parameter():
+    tiny = {"v": torch.tensor(1e-9, dtype=torch.float64)}
+    sde = SDE(lambda t, y, p: -y, lambda t, y, p: p["v"].sqrt() * torch.ones_like(y), tiny)
+    small = Problem(sde, lambda ys, p: ys[-1, :, 0], ONE, (0.0, 1.0), 8)
+    a, b = (sensitivity(small, n_paths=50, method=m).gradient["v"].mean for m in ("pathwise", "finite_difference"))
+    # F ~ 1 over a bump of 1.2e-14 rounds to 2e-2; the derivative is of the order of 1e3
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=0)
+
+
+def test_value_and_bias_have_independent_errors():
+    # 150 seeds of a value and the bias of its step: correlation of independent numbers has standard deviation 0.08
+    pairs = []
+    for seed in range(150):
+        result = sensitivity(problem(), n_paths=100, wrt="r", seed=seed, bias=True)
+        pairs.append((float(result.value.mean), float(result.bias["value"].mean)))
+    correlation = float(torch.corrcoef(torch.tensor(pairs).T)[0, 1])
+    assert abs(correlation) < 4.5 / 150**0.5  # false alarm 7e-6
+
+
+def test_paths_with_tangents_are_checked():
+    for change, message in (({"n_paths": 0}, "`n_paths`"), ({"noise": GivenNoise(torch.zeros(20, 3, 1))}, "20 steps")):
+        with pytest.raises(ArgumentError, match=message):
+            tangent_paths(problem(), **{"n_paths": 3, **change})
