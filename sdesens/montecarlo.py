@@ -340,7 +340,8 @@ def _tiles(start: int, end: int, tile_paths: int, group: int):
     """
     while start < end:
         whole = (end - start) // group * group
-        count = (whole if whole <= tile_paths + group else tile_paths) if whole else end - start
+        rest = max(group, tile_paths // 4)  # not worth a tile of its own: an operation costs much the same on few paths
+        count = (whole if whole <= tile_paths + rest else tile_paths) if whole else end - start
         yield start, count, group if whole else count
         start += count
 
