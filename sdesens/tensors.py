@@ -34,6 +34,11 @@ def concrete(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
+def transforming() -> bool:
+    """Whether a transform of torch.func is under way, even if the tensors at hand are not its own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def describe(x) -> str:
     """What came, for an error message."""
     return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -203,3 +203,12 @@ def test_paths_with_tangents_are_checked():
     for change, message in (({"n_paths": 0}, "`n_paths`"), ({"noise": GivenNoise(torch.zeros(20, 3, 1))}, "20 steps")):
         with pytest.raises(ArgumentError, match=message):
             tangent_paths(problem(), **{"n_paths": 3, **change})
+
+
+def test_vmap_over_increments_needs_no_switch():
+    sde = SDE(lambda t, y, p: -y, lambda t, y, p: 0.2 * torch.ones_like(y))
+    bm = Philox(1).normals(0, 15, 0, 8, 1, dtype=torch.float64, device=torch.device("cpu")).view(8, 5, 3, 1)
+    y0 = torch.ones(3, 1, dtype=torch.float64)
+    together = torch.func.vmap(lambda dW: sdeint(sde, y0, (0.0, 1.0), n_steps=8, bm=dW), in_dims=1)(bm)
+    alone = torch.stack([sdeint(sde, y0, (0.0, 1.0), n_steps=8, bm=bm[:, i]) for i in range(5)])
+    torch.testing.assert_close(together, alone, rtol=1e-14, atol=0)  # rounding

@@ -16,7 +16,7 @@ from sdesens.integrate.chunk import Driver, Dynamics, chunk_length, plan, sweep
 from sdesens.noise import GivenNoise, Noise, Philox
 from sdesens.problem import check_state, check_times, grid_positions
 from sdesens.sde import SDE, as_sde, require_ito
-from sdesens.tensors import concrete, describe
+from sdesens.tensors import concrete, describe, transforming
 
 METHODS = ("euler",)
 
@@ -89,7 +89,7 @@ def sdeint(
         noise_dim = check_shapes(sde, p, torch.tensor(t0, dtype=y0.dtype, device=y0.device), y0.detach())
     if check:
         check_finite_params(p)
-        if all(map(concrete, (y0, step, *p.values()))):
+        if not transforming() and all(map(concrete, (y0, step, *p.values()))):
             check_sde(sde, p, t0, step, y0[0], noise_dim, 0)
     dynamics = Dynamics(sde, p, t0, step)
     driver = Driver(as_noise(bm, seed, times, n_steps, (y0.shape[0], noise_dim)), 0, noise_dim)
