@@ -30,10 +30,10 @@ from sdesens.errors import (
     ZeroGradientWarning,
 )
 from sdesens.estimate import Estimate, Moments, total
-from sdesens.noise import Coarsened, Noise, Philox, independent
+from sdesens.noise import Coarsened, Noise, independent
 from sdesens.problem import Problem
 from sdesens.sensitivity import METHODS
-from sdesens.sensitivity.probe import check_problem, survives_vmap
+from sdesens.sensitivity.probe import check_problem, noise_source, survives_vmap
 from sdesens.sensitivity.tile import Contributions, Tile
 
 BLOCK = 10_000  # paths a block; a multiple of GROUP
@@ -428,17 +428,9 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
             near = difflib.get_close_matches(name, [*inspect.signature(sensitivity).parameters, *known], 1)
             hint = f"; did you mean `{near[0]}`?" if near else f"; method {method!r} has options {known}."
             raise ArgumentTypeError(f"`sensitivity` has no argument `{name}`{hint}")
-    if noise is not None and seed is not None:
-        raise ArgumentError("give `seed` or `noise`, not both: the seed is part of the noise.")
-    source = Philox(0 if seed is None else seed) if noise is None else noise
-    if not isinstance(source, Noise) or isinstance(source, type):
-        raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
+    source = noise_source(problem, seed, noise)
     if n_paths % source.unit or first_path % source.unit:
         raise ArgumentError(f"antithetic paths come in pairs: `n_paths` = {n_paths} and `first_path` must be even.")
-    if source.n_steps not in (None, problem.n_steps):
-        raise ArgumentError(
-            f"the given noise holds {source.n_steps} steps, the problem has n_steps = {problem.n_steps}."
-        )
     if bias and source.n_steps is not None:
         raise ArgumentError("`bias` runs n_steps and 2 n_steps, so it needs noise for any grid, such as Philox(seed).")
     theta = problem.leaves(wrt)

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdesens.errors import ArgumentError, ArgumentTypeError
-from sdesens.noise import Noise, Philox
+from sdesens.errors import ArgumentError
+from sdesens.noise import Noise
 from sdesens.problem import Problem
 from sdesens.sensitivity.forward import basis
-from sdesens.sensitivity.probe import check_problem
+from sdesens.sensitivity.probe import check_problem, noise_source
 from sdesens.sensitivity.tile import Tile
 from sdesens.tensors import jvp
 
@@ -33,7 +33,7 @@ def tangent_paths(
     *,
     n_paths: int,
     wrt: Sequence[str] | str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     noise: Noise | None = None,
     every_step: bool = False,
 ) -> TangentPaths:
@@ -66,15 +66,9 @@ def tangent_paths(
     torch.Size([51, 3, 1])
     """
     theta = problem.leaves(wrt)
-    source = Philox(seed) if noise is None else noise
+    source = noise_source(problem, seed, noise)
     if isinstance(n_paths, bool) or not isinstance(n_paths, int) or n_paths < 1:
         raise ArgumentError(f"`n_paths` must be a positive int, got {n_paths!r}.")
-    if not isinstance(source, Noise) or isinstance(source, type):
-        raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
-    if source.n_steps not in (None, problem.n_steps):
-        raise ArgumentError(
-            f"the given noise holds {source.n_steps} steps, the problem has n_steps = {problem.n_steps}."
-        )
     if every_step:
         grid = problem.t0 + torch.arange(problem.n_steps + 1, dtype=torch.float64) * problem.dt
         grid[-1] = problem.t1
