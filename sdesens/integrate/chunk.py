@@ -7,7 +7,7 @@ these chunks, forwards or backwards, and differentiates `advance` alone.
 Times are whole numbers times a step, in float64, cast to the state's dtype only when handed to the user's functions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -69,14 +69,14 @@ class Dynamics:
     ----------
     sde : SDE
     p : mapping of str to Tensor
-    t0 : float
+    t0 : float or 0-dim float64 tensor
     dt : 0-dim float64 tensor
         A derivative with respect to the horizon flows through it.
     """
 
     sde: SDE
     p: Params
-    t0: float
+    t0: float | Tensor
     dt: Tensor
 
 
@@ -88,37 +88,45 @@ class Driver:
     first: int
     noise_dim: int
 
-    def normals(self, chunk: Chunk, y: Tensor) -> Tensor:
-        """Normals of a chunk for the batch y (B, *event), shape (chunk.count, B, noise_dim)."""
+    def normals(self, chunk: Chunk, count: int, y: Tensor) -> Tensor:
+        """Normals of a chunk for the first `count` paths, shape (chunk.count, count, noise_dim), of the kind of y."""
         return self.noise.normals(
-            self.first, y.shape[0], chunk.start, chunk.count, self.noise_dim, dtype=y.dtype, device=y.device
+            self.first, count, chunk.start, chunk.count, self.noise_dim, dtype=y.dtype, device=y.device
         )
 
 
-def advance(dynamics: Dynamics, chunk: Chunk, y: Tensor, z: Tensor) -> list[Tensor]:
-    """States at the marks of a chunk.
+def steps(
+    dynamics: Dynamics, start: int | Tensor, y: Tensor, z: Iterable[Tensor], active: Tensor | None = None
+) -> list[Tensor]:
+    """States after each step of a stretch of the grid: what every kernel of a chunk is made of.
 
     Parameters
     ----------
+    start : int or 0-dim int64 tensor
+        Grid index of y.
     y : Tensor, shape (B, *event)
-        State at the chunk's start.
-    z : Tensor, shape (chunk.count, B, m)
-        Standard normals of its steps; dW = sqrt(dt) z.
+    z : tensors of shape (B, m), one a step
+        Standard normals; dW = sqrt(dt) z.
+    active : 0-dim int64 tensor, optional
+        Steps beyond so many are not taken: the state stays as it is. A compiled kernel has a fixed number of steps, a grid
+        any. The coefficients are then evaluated where the stretch began, a point known to be sound, so that what is thrown
+        away holds no NaN that a derivative could pick up.
     """
-    index = torch.arange(chunk.start, chunk.start + chunk.count, dtype=torch.float64, device=y.device)
-    times = (dynamics.t0 + index * dynamics.dt).to(y.dtype).unbind()
-    increments = (z * dynamics.dt.sqrt().to(y.dtype)).unbind()
-    dt, states = dynamics.dt.to(y.dtype), []
-    for k, (t, dW) in enumerate(zip(times, increments, strict=True), start=1):
-        y = euler.step(dynamics.sde, dynamics.p, t, dt, y, dW)
-        if k in chunk.marks:
-            states.append(y)
+    dt, root, begin, states = dynamics.dt.to(y.dtype), dynamics.dt.sqrt().to(y.dtype), y, []
+    for k, normals in enumerate(z):
+        if active is None:
+            t = (dynamics.t0 + (start + k) * dynamics.dt).to(y.dtype)
+            y = euler.step(dynamics.sde, dynamics.p, t, dt, y, normals * root)
+        else:
+            live = k < active
+            t = (dynamics.t0 + torch.where(live, start + k, start) * dynamics.dt).to(y.dtype)
+            moved = euler.step(dynamics.sde, dynamics.p, t, dt, torch.where(live, y, begin), normals * root)
+            y = torch.where(live, moved, y)
+        states.append(y)
     return states
 
 
-def sweep(dynamics: Dynamics, chunks: list[Chunk], y: Tensor, driver: Driver) -> Iterator[tuple[Chunk, list[Tensor]]]:
-    """Advance y (B, *event) over the chunks; yields each with its states at the marks."""
-    for chunk in chunks:
-        states = advance(dynamics, chunk, y, driver.normals(chunk, y))
-        y = states[-1]
-        yield chunk, states
+def advance(dynamics: Dynamics, chunk: Chunk, y: Tensor, z: Tensor) -> list[Tensor]:
+    """States at the marks of a chunk, from y (B, *event), with normals z (chunk.count, B, m)."""
+    states = steps(dynamics, chunk.start, y, z.unbind())
+    return [states[mark - 1] for mark in chunk.marks]

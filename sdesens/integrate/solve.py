@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, NonFiniteError, ShapeError
 from sdesens.integrate.checks import check_finite_params, check_sde, check_shapes
-from sdesens.integrate.chunk import Driver, Dynamics, chunk_length, plan, sweep
+from sdesens.integrate.chunk import Driver
+from sdesens.integrate.compiled import Clock, Flow, wanted
 from sdesens.noise import GivenNoise, Noise, Philox
 from sdesens.problem import check_state, check_times, grid_positions
 from sdesens.sde import SDE, as_sde, require_ito
@@ -32,6 +33,7 @@ def sdeint(
     n_steps: int | None = None,
     seed: int | None = None,
     check: bool = True,
+    compile: bool | str = "auto",
 ) -> Tensor:
     """Solve an SDE on a fixed grid; differentiable in `sde.params`, `y0` and the last time.
 
@@ -55,6 +57,10 @@ def sdeint(
     check : bool
         Probe the coefficients and look for non-finite paths (one host synchronisation). Turn it off inside a training
         loop once it has passed.
+    compile : {"auto", True, False}
+        Whether chunks of steps are fused by `torch.compile`, with their noise inside; "auto" does so where the work repays
+        the seconds that it takes. The numbers agree to rounding. A training loop, whose steps are small but many, gains
+        from True.
 
     Returns
     -------
@@ -91,21 +97,13 @@ def sdeint(
         check_finite_params(p)
         if not transforming() and all(map(concrete, (y0, step, *p.values()))):
             check_sde(sde, p, t0, step, y0[0], noise_dim, 0)
-    dynamics = Dynamics(sde, p, t0, step)
     driver = Driver(as_noise(bm, seed, times, n_steps, (y0.shape[0], noise_dim)), 0, noise_dim)
-    ys = solve(dynamics, outputs, y0, driver)
+    clock = Clock.of(t0, t1.to(y0.device, torch.float64), n_steps, y0.device)
+    flow = Flow(sde, dict(p), clock, driver, wanted(compile, len(y0) * n_steps, y0.numel() // len(y0)))
+    ys = flow.solve(outputs, y0)
     if check and concrete(ys):
-        check_finite_paths(ys, dynamics, outputs, y0, driver)
+        check_finite_paths(ys, flow, outputs, y0)
     return ys
-
-
-def solve(dynamics: Dynamics, outputs: tuple[int, ...], y0: Tensor, driver: Driver) -> Tensor:
-    """States at the grid indices `outputs`, shape (T, B, *event), from y0 (B, *event); no checks."""
-    ys: list[Tensor] = [y0] * len(outputs)
-    for chunk, states in sweep(dynamics, plan(outputs, chunk_length(driver.noise_dim)), y0, driver):
-        for mark, output in chunk.outputs:
-            ys[output] = states[mark]
-    return torch.stack(ys)
 
 
 def resolve_steps(times: Tensor, dt: float | None, n_steps: int | None) -> int:
@@ -161,7 +159,7 @@ def as_noise(bm, seed: int | None, times: Tensor, n_steps: int, shape: tuple[int
     return GivenNoise.from_increments(bm, dt)
 
 
-def check_finite_paths(ys: Tensor, dynamics: Dynamics, outputs: tuple[int, ...], y0: Tensor, driver: Driver) -> None:
+def check_finite_paths(ys: Tensor, flow: Flow, outputs: tuple[int, ...], y0: Tensor) -> None:
     """Raise NonFiniteError, with path, step and time, if a state in ys (T, B, *event) is NaN or infinite."""
     bad = ~torch.isfinite(ys.detach()).flatten(2).all(2).all(0)  # (B,)
     if not bool(bad.any()):
@@ -170,14 +168,13 @@ def check_finite_paths(ys: Tensor, dynamics: Dynamics, outputs: tuple[int, ...],
         where = bad.nonzero().flatten()
         everywhere = tuple(range(outputs[-1] + 1))
         step, culprit = outputs[-1], int(where[0])
-        chunks = plan(everywhere, chunk_length(driver.noise_dim))
-        for chunk, states in sweep(dynamics, chunks, y0.detach(), driver):
+        for chunk, states in flow.sweep(flow.chunks(everywhere), y0.detach()):
             broken = ~torch.isfinite(torch.stack(states)).flatten(2).all(2)  # (steps, B)
             if bool(broken.any()):
                 k = int(broken.any(1).nonzero()[0])
                 step, culprit = chunk.start + k + 1, int(broken[k].nonzero()[0])
                 break
-    first, time = driver.first, dynamics.t0 + step * float(dynamics.dt)
+    first, time = flow.driver.first, float(flow.clock.t0 + step * flow.clock.dt)
     raise NonFiniteError(
         f"{int(bad.sum())} of {bad.numel()} paths became NaN or infinite; first path {first + culprit} in step {step} of "
         f"{outputs[-1]} (t = {time:.6g}). The step may be too long for these coefficients (raise `n_steps`), or a "

@@ -11,20 +11,21 @@ Normals are the Box-Muller transform of Philox words (s1, s2), read as signed 32
 
     u = (s1 + 1/2) / 2^32 mod 1,   a = 2 pi (s2 + 1/2) / 2^32,   (Z, Z') = sqrt(-2 log u) (cos a, sin a).   (2)
 
-The radius is computed in float64 for every dtype: float32 would lose the digits of u near 1, and a normal would not be the
-same number in both. The largest |Z| is 6.7.
+Computed so that a float32 normal is the float64 one to rounding, also where u is near 1. The largest |Z| is 6.7.
 
 Reference: G. Box, M. Muller, Ann. Math. Statist. 29 (1958) 610. This file knows nothing of SDEs.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
+from sdesens.noise import elementary
 from sdesens.noise.philox import MASK, philox4x32
 from sdesens.tensors import concrete, describe
 
@@ -58,15 +59,49 @@ class Noise(Protocol):
         ...
 
 
+Draw = Callable[[Tensor, Tensor, Tensor, int, int, torch.dtype], list[Tensor]]
+
+
+class Fused(NamedTuple):
+    """A source in the form that a compiled kernel can take in: normals are made there, in registers, and never stored.
+
+    Attributes
+    ----------
+    draw : callable (key, paths, step, n_steps, dim, dtype) -> list of n_steps tensors, shape (*paths.shape, dim)
+        Pure and hashable. `paths` are int64 indices of any shape, `step` is a 0-dim int64 tensor, and step * dim a multiple
+        of 4, as n_steps * dim is.
+    key : Tensor, shape (3,), int64
+        What changes with the seed: a new one needs no new kernel.
+    """
+
+    draw: Draw
+    key: Tensor
+
+
+def philox_steps(key: Tensor, paths: Tensor, step: Tensor, n_steps: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """The normals of `Philox` for whole calls of four, see `Fused`."""
+    first, calls = step * dim // 4, n_steps * dim // 4
+    if calls <= 4:  # unrolled, nothing is stored
+        words = [philox4x32((paths, paths >> 32, first + q, key[2]), (key[0], key[1])) for q in range(calls)]
+        z = [normal for quad in words for normal in box_muller(quad, dtype)]
+        return [torch.stack(z[k * dim : (k + 1) * dim], -1) if dim > 1 else z[k][..., None] for k in range(n_steps)]
+    quads = (first + torch.arange(calls, device=paths.device)).reshape(-1, *[1] * paths.dim())
+    flat = torch.stack(box_muller(philox4x32((paths, paths >> 32, quads, key[2]), (key[0], key[1])), dtype), 1)
+    return list(flat.reshape(n_steps, dim, *paths.shape).movedim(1, -1).unbind())
+
+
 def box_muller(words: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Standard normals from an even number of int32 words, pair by pair, equation (2)."""
     normals: list[Tensor] = []
     for s1, s2 in zip(words[::2], words[1::2], strict=True):
-        u = s1.double() * 2.0**-32 + 2.0**-33  # exact, and so is the next line
-        u = u - torch.floor(u)
-        radius = torch.sqrt((-2.0 * torch.log(u)).to(dtype))
-        angle = (s2.to(dtype) + 0.5) * (2.0**-32 * 2.0 * math.pi)
-        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+        if torch.compiler.is_compiling():  # the same numbers to rounding, by arithmetic that a fused loop likes
+            radius = torch.sqrt(elementary.minus_two_log(s1, dtype))
+            cos, sin = elementary.cos_sin(s2, dtype)
+        else:
+            radius = torch.sqrt((-2.0 * torch.log(elementary.uniform(s1))).to(dtype))
+            angle = (s2.to(dtype) + 0.5) * elementary.RADIANS
+            cos, sin = torch.cos(angle), torch.sin(angle)
+        normals += [radius * cos, radius * sin]
     return tuple(normals)
 
 
@@ -122,6 +157,11 @@ class Philox:
         z = torch.stack(box_muller(words, wide), dim=1).flatten(0, 1)  # (4 quads, count)
         z = z[begin % 4 : begin % 4 + end - begin].to(dtype)
         return z.view(n_steps, dim, count).transpose(1, 2).contiguous()
+
+    def fused(self, device: torch.device) -> Fused:
+        """This source inside a kernel."""
+        key = [self.seed & MASK, (self.seed >> 32) & MASK, self.stream]
+        return Fused(philox_steps, torch.tensor(key, dtype=torch.int64, device=device))
 
     def weights(self, first, count, *, dtype, device):
         return None
@@ -226,6 +266,11 @@ class Antithetic:
         pairs = torch.stack((z, -z), dim=2).flatten(1, 2)
         return pairs[:, first - 2 * begin : first - 2 * begin + count]
 
+    def fused(self, device: torch.device) -> Fused | None:
+        """This source inside a kernel, if its own source can be there."""
+        inner = fused(self.source, device)
+        return None if inner is None else Fused(_Mirrored(inner.draw), inner.key)
+
     def weights(self, first, count, *, dtype, device):
         return None
 
@@ -283,6 +328,11 @@ class Coarsened:
         f = self.factor
         return coarsen(self.source.normals(first, count, step * f, n_steps * f, dim, dtype=dtype, device=device), f)
 
+    def fused(self, device: torch.device) -> Fused | None:
+        """This source inside a kernel, if its own source can be there."""
+        inner = fused(self.source, device)
+        return None if inner is None else Fused(_Summed(inner.draw, self.factor), inner.key)
+
     def weights(self, first, count, *, dtype, device):
         return self.source.weights(first, count, dtype=dtype, device=device)
 
@@ -317,6 +367,36 @@ class Held:
 
     def weights(self, first, count, *, dtype, device):
         return self.source.weights(first, count, dtype=dtype, device=device)
+
+
+def fused(source: Noise, device: torch.device) -> Fused | None:
+    """A source's form for compiled kernels; None if it has none and its normals must be made outside."""
+    form = getattr(source, "fused", None)
+    return None if form is None else form(device)
+
+
+@dataclass(frozen=True)
+class _Mirrored:
+    """`Antithetic` as a `Draw`: the pair of a path is its index halved, the sign its last bit."""
+
+    draw: Draw
+
+    def __call__(self, key, paths, step, n_steps, dim, dtype):
+        sign = (1 - 2 * (paths & 1)).to(dtype)[..., None]
+        return [sign * z for z in self.draw(key, paths >> 1, step, n_steps, dim, dtype)]
+
+
+@dataclass(frozen=True)
+class _Summed:
+    """`Coarsened` as a `Draw`."""
+
+    draw: Draw
+    factor: int
+
+    def __call__(self, key, paths, step, n_steps, dim, dtype):
+        f = self.factor
+        fine = self.draw(key, paths, step * f, n_steps * f, dim, dtype)
+        return [sum(fine[k * f + 1 : (k + 1) * f], fine[k * f]) / math.sqrt(f) for k in range(n_steps)]
 
 
 def independent(source: Noise) -> Noise:

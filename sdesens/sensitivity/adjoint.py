@@ -50,7 +50,7 @@ def adjoint(tile: Tile, theta: Theta, *, corrected: bool = True) -> Contribution
     x, A = tile.per_group(ys[-1]), ys_bar[-1]
     output_at = {step: i for i, step in enumerate(problem.outputs[:-1])}
     for chunk in reversed(tile.chunks):
-        z = tile.per_group(tile.driver.normals(chunk, x.flatten(0, 1)), 1)
+        z = tile.per_group(tile.driver.normals(chunk, tile.count, x), 1)
         for k in reversed(range(chunk.count)):
             n = chunk.start + k
             move = tile.map_groups(lambda th, x, z, n=n: _increment(tile, th, n, x, z, corrected), (0, 0, 0))

@@ -69,7 +69,7 @@ def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
     tangents = [jvp(lambda th: tile.start(th) + 0, (theta,), (unit,))[1] for unit in units]
     ys, S = [y] * len(problem.outputs), [list(tangents) for _ in problem.outputs]  # S[output][direction]
     for chunk in tile.chunks:
-        z = tile.driver.normals(chunk, y)
+        z = tile.driver.normals(chunk, tile.count, y)
 
         def run(th: Theta, x: Tensor, chunk: Chunk = chunk, z: Tensor = z) -> tuple[Tensor, ...]:
             return tuple(advance(tile.dynamics(th), chunk, x, z))
@@ -109,7 +109,7 @@ def _by_jacobians(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
             return stacked, stacked
 
         jacobians = vmap(jacrev(run, argnums=(0, 1), has_aux=True), in_dims=(None, 0, 1))
-        (by_theta, by_y), states = jacobians(theta, y, tile.driver.normals(chunk, y))
+        (by_theta, by_y), states = jacobians(theta, y, tile.driver.normals(chunk, tile.count, y))
         by_y = by_y.reshape(B, -1, d, d)
         by_theta = _flatten(by_theta, B, len(chunk.marks), d).to(y.dtype)  # (B, marks, d, P)
         moved = by_y @ S[:, None] + by_theta

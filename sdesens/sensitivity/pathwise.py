@@ -14,12 +14,16 @@ Reference: M. Giles, P. Glasserman, Smoking adjoints, Risk 2006.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.func import vjp, vmap
 
-from sdesens.integrate.chunk import Chunk, advance
+from sdesens.integrate.chunk import Chunk, advance, steps
+from sdesens.integrate.compiled import Clock, Flow, Stretch, dynamic, kernel_length, merged, normals
 from sdesens.problem import Theta
+from sdesens.sde import SDE
 from sdesens.sensitivity.tile import (
     Contributions,
     Tile,
@@ -48,24 +52,28 @@ def pathwise(tile: Tile, theta: Theta, *, budget: int = STATE_BUDGET) -> Contrib
     ------
     NonFiniteError
     """
-    y0 = tile.start(theta)
+    y0 = tile.start(theta, tile.width)
     segments = _segments(tile.chunks, y0, budget)
     tile = tile.holding_noise(y0)
     with torch.no_grad():
-        ys, checkpoints, boundaries = _forward(tile, theta, segments)
+        ys, checkpoints, boundaries = _forward(tile, theta, segments, y0)
+    ys = ys[:, : tile.count]
     leaves = group_leaves(tile, theta)
     values, ys_bar, theta_bar = functional_pullback(tile, leaves, ys)
     tile.check(theta, ys, values)
     del ys
-    y_bar = torch.zeros_like(ys_bar[-1])
+    pull_chunk, flow = _kernel_pullback if tile.compiled else _plain_pullback, tile.flow(theta)
+    bars = tile.widened(ys_bar)
+    y_bar, totals = torch.zeros_like(bars[-1]), tile.zeros(theta)
     for segment in reversed(segments):
         start = checkpoints.pop()
         if not boundaries:  # those of the last segment are at hand, the others are run again
             with torch.no_grad():
                 boundaries = _boundaries(tile, theta, segment, start)
         for chunk in reversed(segment):
-            y_bar = _chunk_pullback(tile, leaves, chunk, boundaries.pop(), y_bar, ys_bar, theta_bar)
-    initial_pullback(tile, leaves, y_bar + ys_bar[0], theta_bar)
+            y_bar, totals = pull_chunk(tile, flow, leaves, chunk, boundaries.pop(), y_bar, bars, totals)
+    accumulate(theta_bar, [total[: tile.n_groups] for total in totals.values()])
+    initial_pullback(tile, leaves, tile.narrowed(y_bar) + ys_bar[0], theta_bar)
     return Contributions(values, group_means(tile, theta_bar))
 
 
@@ -75,9 +83,10 @@ def _segments(chunks: list[Chunk], y: Tensor, budget: int) -> list[list[Chunk]]:
     return [chunks[i : i + length] for i in range(0, n, length)]
 
 
-def _forward(tile: Tile, theta: Theta, segments: list[list[Chunk]]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def _forward(
+    tile: Tile, theta: Theta, segments: list[list[Chunk]], y: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Outputs, the state at each segment's start, and the boundary states of the last segment."""
-    y = tile.start(theta)
     ys = [y] * len(tile.problem.outputs)
     checkpoints, boundaries = [], []
     for segment in segments:
@@ -97,21 +106,18 @@ def _boundaries(tile: Tile, theta: Theta, segment: list[Chunk], y: Tensor) -> li
     return [y, *(states[-1] for _, states in tile.sweep(theta, segment[:-1], y))]
 
 
-def _chunk_pullback(
-    tile: Tile,
-    leaves: dict[str, Tensor],
-    chunk: Chunk,
-    y: Tensor,
-    y_bar: Tensor,
-    ys_bar: Tensor,
-    theta_bar: dict[str, Tensor],
-) -> Tensor:
-    """Equation (1) over one chunk; adds its share of (2) to theta_bar and returns y_bar at its start."""
+Totals = dict[str, Tensor]
 
-    def run(theta: Theta, y: Tensor, z: Tensor) -> list[Tensor]:
-        return advance(tile.dynamics(theta), chunk, y, z)
 
-    z = tile.per_group(tile.driver.normals(chunk, y), 1)
+def _plain_pullback(
+    tile: Tile, flow: Flow, leaves: Totals, chunk: Chunk, y: Tensor, y_bar: Tensor, ys_bar: Tensor, totals: Totals
+) -> tuple[Tensor, Totals]:
+    """Equation (1) over one chunk, and the totals with its share of (2), by autograd on the chunk's own graph."""
+
+    def run(th: Theta, y: Tensor, z: Tensor) -> list[Tensor]:
+        return advance(tile.dynamics(th), chunk, y, z)
+
+    z = tile.per_group(tile.driver.normals(chunk, tile.count, y), 1)
     y = tile.per_group(y).detach().requires_grad_()
     with torch.enable_grad():
         states = tile.map_groups(run, (0, 0, 1))(leaves, y, z)
@@ -120,5 +126,52 @@ def _chunk_pullback(
     for mark, output in chunk.outputs:
         bars[mark] = bars[mark] + ys_bar[output]
     out = pull(states, [y, *leaves.values()], bars)
-    accumulate(theta_bar, out[1:])
-    return torch.zeros_like(y) if out[0] is None else out[0]
+    accumulate(totals, out[1:])
+    return torch.zeros_like(y) if out[0] is None else out[0], totals
+
+
+def _kernel_pullback(
+    tile: Tile, flow: Flow, leaves: Totals, chunk: Chunk, y: Tensor, y_bar: Tensor, ys_bar: Tensor, totals: Totals
+) -> tuple[Tensor, Totals]:
+    """The same by one compiled kernel."""
+    every = chunk.marks != (chunk.count,)
+    if every:
+        bars = y_bar.new_zeros(kernel_length(tile.noise_dim), *y_bar.shape)
+        bars[-1] = y_bar  # steps that are not taken pass it on
+        for mark, output in chunk.outputs:
+            bars[chunk.marks[mark] - 1] += ys_bar[output]
+        bars = dynamic(bars, 1)
+    else:
+        bars = dynamic(sum((ys_bar[output] for _, output in chunk.outputs), y_bar))
+    y = y.reshape(y_bar.shape)  # the same memory
+    inside = {k: dynamic(v) for k, v in totals.items() if k != "y0"}
+    theta = {k: v[0] for k, v in leaves.items()}
+    y_bar, moved = tile.run(pullback_kernel, flow, theta, chunk, y, bars, inside, rows=tile.width, every=every)
+    return y_bar, {**totals, **moved}
+
+
+def pullback_kernel(
+    sde: SDE,
+    rest: Theta,
+    theta: Theta,
+    clock: Clock,
+    at: Stretch,
+    y: Tensor,
+    bars: Tensor,
+    totals: Totals,
+    *,
+    draw: Callable,
+    dim: int,
+    every: bool,
+) -> tuple[Tensor, Totals]:
+    """`_plain_pullback` as a pure function, for y (n_groups, group, *event) and bars of its end, or of every step."""
+    z = normals(draw, at, y.shape[:2], kernel_length(dim), dim, y)
+    copies = {k: v.expand(y.shape[0], *v.shape) for k, v in theta.items()}
+
+    def run(th: Theta, y: Tensor, *z: Tensor) -> Tensor:
+        states = steps(clock.at(th).dynamics(sde, merged(rest, th)), at.start, y, z, at.active)
+        return torch.stack(states) if every else states[-1]
+
+    _, pull_back = vjp(vmap(run, out_dims=1 if every else 0), copies, y, *z)
+    theta_bar, y_bar, *_ = pull_back(bars)
+    return y_bar, {k: total + theta_bar[k] for k, total in totals.items()}

@@ -229,7 +229,7 @@ def survives_vmap(problem: Problem, theta: Theta, noise_dim: int) -> bool:
 
     steps = _looked_at(problem)
     y = tile.start({})
-    z = torch.cat([tile.driver.normals(_single_step(n), y) for n in steps])
+    z = torch.cat([tile.driver.normals(_single_step(n), tile.count, y) for n in steps])
     try:
         tile.map_groups(run, (0, 1))(group_leaves(tile, theta), tile.per_group(z, 1))
     except RuntimeError as error:

@@ -9,6 +9,7 @@ groups of equal size and the parameters are given one copy a group: one sweep th
 group, at the cost of one. The spread between groups is what the standard error is made of.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.func import vmap
 
 from sdesens.errors import NonFiniteError
-from sdesens.integrate.chunk import Chunk, Driver, Dynamics, chunk_length, plan, sweep
-from sdesens.integrate.solve import check_finite_paths, solve
+from sdesens.integrate.chunk import Chunk, Driver, Dynamics
+from sdesens.integrate.compiled import Clock, Flow, dynamic, kernel, stretch
+from sdesens.integrate.solve import check_finite_paths
 from sdesens.noise import Held, Noise
 from sdesens.problem import Problem, Theta
 
@@ -38,6 +40,8 @@ class Tile:
         Number of Brownian motions.
     vectorised : bool
         Whether the user's functions survive `torch.func.vmap`; if not, groups are visited one by one.
+    lanes : int
+        0 to compute plainly; else by compiled kernels, which take whole groups of so many paths, at least two.
     """
 
     problem: Problem
@@ -47,18 +51,29 @@ class Tile:
     group: int
     noise_dim: int
     vectorised: bool = True
+    lanes: int = 0
 
     @property
     def n_groups(self) -> int:
         return self.count // self.group
 
     @property
+    def compiled(self) -> bool:
+        return self.lanes > 0
+
+    @property
     def chunks(self) -> list[Chunk]:
-        return plan(self.problem.outputs, chunk_length(self.noise_dim))
+        return self.flow({}).chunks(self.problem.outputs)
 
     @property
     def driver(self) -> Driver:
         return Driver(self.noise, self.first, self.noise_dim)
+
+    def flow(self, theta: Theta) -> Flow:
+        """What moves these paths, at theta."""
+        q = self.problem
+        clock = Clock.of(q.t0, theta.get("t1", q.t1), q.n_steps, q.initial({}).device)
+        return Flow(q.sde, q.params(theta), clock, self.driver, self.compiled)
 
     def dynamics(self, theta: Theta) -> Dynamics:
         """The SDE at theta, on its grid."""
@@ -67,27 +82,27 @@ class Tile:
 
     def normals(self, y: Tensor) -> Tensor:
         """All noise of the tile for states like y (count, *event): shape (n_steps, count, noise_dim)."""
-        return torch.cat([self.driver.normals(chunk, y) for chunk in self.chunks])
+        return torch.cat([self.driver.normals(chunk, self.count, y) for chunk in self.chunks])
 
     def holding_noise(self, y: Tensor) -> "Tile":
         """This tile with its noise kept in memory if that is cheap: a method that sweeps twice then draws it once."""
         numbers = self.problem.n_steps * self.count * self.noise_dim
-        if numbers * y.element_size() > HELD_BYTES:
+        if self.compiled or numbers * y.element_size() > HELD_BYTES:  # a kernel makes its noise faster than it reads it
             return self
         return replace(self, noise=Held(self.noise, self.normals(y), self.first))
 
-    def start(self, theta: Theta) -> Tensor:
-        """Initial states, shape (count, *event)."""
+    def start(self, theta: Theta, rows: int | None = None) -> Tensor:
+        """Initial states, shape (count, *event), or of so many rows."""
         y0 = self.problem.initial(theta)
-        return y0.expand(self.count, *y0.shape)
+        return y0.expand(rows or self.count, *y0.shape)
 
     def sweep(self, theta: Theta, chunks: list[Chunk], y: Tensor) -> Iterator[tuple[Chunk, list[Tensor]]]:
-        """Advance y (count, *event) over the chunks; yields each with its states at the marks."""
-        return sweep(self.dynamics(theta), chunks, y, self.driver)
+        """Advance y (count or width, *event) over the chunks; yields each with its states at the marks."""
+        return self.flow(theta).sweep(chunks, y, self.count)
 
     def paths(self, theta: Theta) -> Tensor:
         """States at the output times, shape (T, count, *event)."""
-        return solve(self.dynamics(theta), self.problem.outputs, self.start(theta), self.driver)
+        return self.flow(theta).solve(self.problem.outputs, self.start(theta))
 
     def values(self, theta: Theta, ys: Tensor) -> Tensor:
         """The functional on ys, shape (count,)."""
@@ -97,7 +112,7 @@ class Tile:
         """Raise NonFiniteError if a path or a value of the functional is NaN or infinite."""
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(ys).all()):
             return
-        check_finite_paths(ys, self.dynamics(theta), self.problem.outputs, self.start(theta), self.driver)
+        check_finite_paths(ys, self.flow(theta), self.problem.outputs, self.start(theta))
         bad = (~torch.isfinite(values)).nonzero().flatten()
         raise NonFiniteError(
             f"`functional(ys, p)` is NaN or infinite on {bad.numel()} of {values.numel()} paths, though the paths are finite; "
@@ -105,6 +120,39 @@ class Tile:
             paths=tuple(self.first + int(i) for i in bad[:8]),
             n_bad=bad.numel(),
         )
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """Groups and paths a group of a batch in reverse mode. Kernels take groups of one size and at least two."""
+        fits = not self.compiled or (self.group == self.lanes and self.n_groups > 1)
+        return (self.n_groups, self.group) if fits else (max(2, -(-self.count // self.lanes)), self.lanes)
+
+    @property
+    def width(self) -> int:
+        """Rows of a batch in reverse mode: the paths, and copies of the last where a kernel's groups need them."""
+        return math.prod(self.layout)
+
+    def widened(self, x: Tensor) -> Tensor:
+        """x (T, n_groups, group, *event) as (T, *layout, *event): rows that are no paths get zeros."""
+        flat = x.flatten(1, 2)
+        more = flat.new_zeros(len(flat), self.width - self.count, *flat.shape[2:])
+        return (torch.cat((flat, more), 1) if more.numel() else flat).unflatten(1, self.layout)
+
+    def narrowed(self, x: Tensor) -> Tensor:
+        """The paths of x (*layout, *event), in groups."""
+        return self.per_group(x.flatten(0, 1)[: self.count])
+
+    def zeros(self, theta: Theta) -> dict[str, Tensor]:
+        """Totals for each group of the layout, float64."""
+        return {k: v.new_zeros(self.layout[0], *v.shape, dtype=torch.float64) for k, v in theta.items()}
+
+    def run(self, function: Callable, flow: Flow, theta: Theta, chunk: Chunk, y: Tensor, *args, rows: int, **static):
+        """A method's kernel for one chunk, at states y of `rows` paths."""
+        draw, at = stretch(flow.driver, chunk, rows, self.count, y)
+        inside = {k: v.detach() for k, v in theta.items() if k != "y0"}
+        rest = {k: v for k, v in flow.p.items() if k not in theta}
+        go = kernel(function, flow.sde, {**rest, **inside}, y, draw=draw, dim=self.noise_dim, **static)
+        return go(flow.sde, rest, inside, flow.clock, at, dynamic(y), *args)
 
     def per_group(self, x: Tensor, axis: int = 0) -> Tensor:
         """Split the path axis into (n_groups, group)."""

@@ -1,0 +1,264 @@
+"""Chunks as compiled kernels: the same functions of `chunk.py`, fused by `torch.compile` with their noise inside.
+
+A kernel is a pure function of tensors. What changes from chunk to chunk, run to run or seed to seed is a tensor (the key of
+the noise, the first path, the first step, the number of steps to take, the times), so that none of it compiles again; the
+number of paths is dynamic. What is left, the coefficients, the shapes of states and parameters and their dtype, makes one
+kernel each, kept for the life of the process.
+
+A kernel that cannot be compiled, for want of a C++ compiler or because a coefficient does what torch.compile cannot trace,
+runs as the plain function that it is, with one warning. The numbers are the same to rounding.
+
+This file knows nothing of gradients: a method brings its own kernel function.
+"""
+
+import functools
+import math
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdesens.errors import ArgumentError, SlowPathWarning
+from sdesens.integrate.chunk import Chunk, Driver, Dynamics, advance, chunk_length, plan, steps
+from sdesens.noise.source import fused
+from sdesens.sde import RESERVED, SDE, Params
+
+# Inductor inlines an expression into each of its uses unless it has more operations than this; at its default of 30 the
+# generator and its transform took 14 to 30 s to compile, at 12 they take 5, for the same speed.
+OPTIONS = {"realize_opcount_threshold": 12}
+
+
+COMPILE = ("auto", True, False)
+LEAST = 10_000_000  # path-steps below which "auto" never compiles
+REPAYS = 100_000_000  # path-steps, times tangents, whose time uncompiled is about that of compiling
+
+
+def wanted(compile: bool | str, path_steps: int, tangents: int = 1) -> bool:
+    """Whether to compile, for what the caller asked and the work ahead.
+
+    Raises
+    ------
+    ArgumentError
+        If `compile` is none of "auto", True, False.
+    """
+    if not any(compile is choice or (isinstance(compile, str) and compile == choice) for choice in COMPILE):
+        raise ArgumentError(f"`compile` must be 'auto', True or False, got {compile!r}.")
+    if compile != "auto":
+        return bool(compile)
+    large = path_steps >= LEAST and path_steps * tangents >= REPAYS
+    if large:
+        _say_once()
+    return large
+
+
+@functools.cache
+def _say_once() -> None:
+    print("sdesens: compiling the steps of large runs, a few seconds each kind; compile=False does not.", file=sys.stderr)
+
+
+class Clock(NamedTuple):
+    """A grid as 0-dim float64 tensors: t_n = t0 + n (t1 - t0) / n_steps."""
+
+    t0: Tensor
+    t1: Tensor
+    n_steps: Tensor
+
+    @classmethod
+    def of(cls, t0: float, t1: float | Tensor, n_steps: int, device: torch.device) -> "Clock":
+        """From numbers."""
+        t0, n_steps = (torch.full((), x, dtype=torch.float64, device=device) for x in (t0, float(n_steps)))
+        return cls(t0, t1 if isinstance(t1, Tensor) else torch.full_like(t0, t1), n_steps)
+
+    @property
+    def dt(self) -> Tensor:
+        """One step."""
+        return (self.t1 - self.t0) / self.n_steps
+
+    def at(self, theta: Params) -> "Clock":
+        """This grid with the horizon of theta, if it has one."""
+        return self._replace(t1=theta.get("t1", self.t1))
+
+    def dynamics(self, sde: SDE, p: Params) -> Dynamics:
+        """The SDE on this grid."""
+        return Dynamics(sde, p, self.t0, self.dt)
+
+
+class Stretch(NamedTuple):
+    """Where a kernel works: paths `first ... last` and `active` steps from `start`, as 0-dim int64 tensors; and their noise.
+
+    Paths beyond `last` are copies of it, to fill a batch up to its size.
+    """
+
+    key: Tensor  # of the noise inside the kernel, or its normals (steps, B, m) if they are made outside
+    first: Tensor
+    last: Tensor
+    start: Tensor
+    active: Tensor
+
+
+def kernel_length(noise_dim: int) -> int:
+    """Steps a kernel: the fewest that use whole Philox calls of four. More made the gradient's kernel slower."""
+    return 4 // math.gcd(4, noise_dim)
+
+
+def handed_in(z: Tensor, paths: Tensor, step: Tensor, n_steps: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """The `Draw` of noise that was made outside the kernel."""
+    return [x.reshape(*paths.shape, dim) for x in z.unbind()]
+
+
+def stretch(driver: Driver, chunk: Chunk, rows: int, count: int, y: Tensor) -> tuple[Callable, Stretch]:
+    """How a kernel gets the noise of a chunk, for `rows` rows of states like y of which `count` are paths of their own."""
+    form = fused(driver.noise, y.device)
+    first, last, start, active = (
+        torch.full((), x, dtype=torch.int64, device=y.device)
+        for x in (driver.first, driver.first + count - 1, chunk.start, chunk.count)
+    )
+    if form is not None:
+        return form.draw, Stretch(form.key, first, last, start, active)
+    z = driver.normals(chunk, count, y)
+    z = torch.cat((z, z[:, -1:].expand(-1, rows - count, -1)), 1)
+    z = torch.cat((z, z.new_zeros(kernel_length(driver.noise_dim) - chunk.count, *z.shape[1:])))
+    return handed_in, Stretch(dynamic(z, 1), first, last, start, active)
+
+
+def normals(draw: Callable, at: Stretch, shape: tuple, n_steps: int, dim: int, y: Tensor) -> list[Tensor]:
+    """Inside a kernel: normals (*shape, dim) of each step, for paths laid out as `shape`."""
+    count = math.prod(shape)
+    paths = torch.clamp(at.first + torch.arange(count, device=y.device), max=at.last).reshape(shape)
+    return draw(at.key, paths, at.start, n_steps, dim, y.dtype)
+
+
+def merged(rest: Params, theta: Params) -> dict[str, Tensor]:
+    """The dict p that coefficients see, from the parameters differentiated in and the rest."""
+    return {**rest, **{k: v for k, v in theta.items() if k not in RESERVED}}
+
+
+def forward_kernel(
+    sde: SDE, p: Params, clock: Clock, at: Stretch, y: Tensor, *, draw: Callable, dim: int, every: bool
+) -> list[Tensor]:
+    """States after each step of a chunk, or after the last alone."""
+    z = normals(draw, at, y.shape[:1], kernel_length(dim), dim, y)
+    states = steps(clock.dynamics(sde, p), at.start, y, z, at.active)
+    return states if every else states[-1:]
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """An SDE at given parameters, on a grid, driven by given Brownian motions: all that moves a batch of paths.
+
+    Attributes
+    ----------
+    sde : SDE
+    p : dict of Tensor
+    clock : Clock
+    driver : Driver
+    compiled : bool
+    """
+
+    sde: SDE
+    p: dict[str, Tensor]
+    clock: Clock
+    driver: Driver
+    compiled: bool = False
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """The SDE on its grid."""
+        return self.clock.dynamics(self.sde, self.p)
+
+    def chunks(self, outputs: tuple[int, ...]) -> list[Chunk]:
+        """The grid in chunks, for outputs at these indices."""
+        m = self.driver.noise_dim
+        return plan(outputs, kernel_length(m) if self.compiled else chunk_length(m))
+
+    def sweep(
+        self, chunks: list[Chunk], y: Tensor, count: int | None = None
+    ) -> Iterator[tuple[Chunk, list[Tensor]]]:
+        """Advance y (B, *event) over the chunks; yields each with its states at the marks.
+
+        The first `count` rows are paths of their own, the rest fill the batch up.
+        """
+        for chunk in chunks:
+            states = self._kernel(chunk, y, count or len(y)) if self.compiled else self._plain(chunk, y)
+            y = states[-1]
+            yield chunk, states
+
+    def _plain(self, chunk: Chunk, y: Tensor) -> list[Tensor]:
+        return advance(self.dynamics, chunk, y, self.driver.normals(chunk, len(y), y))
+
+    def _kernel(self, chunk: Chunk, y: Tensor, count: int) -> list[Tensor]:
+        draw, at = stretch(self.driver, chunk, len(y), count, y)
+        every = chunk.marks != (chunk.count,)
+        run = kernel(forward_kernel, self.sde, self.p, y, draw=draw, dim=self.driver.noise_dim, every=every)
+        states = run(self.sde, self.p, self.clock, at, dynamic(y))
+        return [states[mark - 1] for mark in chunk.marks] if every else states
+
+    def solve(self, outputs: tuple[int, ...], y: Tensor, count: int | None = None) -> Tensor:
+        """States at the grid indices `outputs`, shape (T, B, *event), from y (B, *event)."""
+        ys: list[Tensor] = [y] * len(outputs)
+        for chunk, states in self.sweep(self.chunks(outputs), y, count):
+            for mark, output in chunk.outputs:
+                ys[output] = states[mark]
+        return torch.stack(ys)
+
+
+class Kernel:
+    """A pure function, compiled at its first call; itself where that fails."""
+
+    def __init__(self, function: Callable, static: dict[str, Any], coefficients: tuple):
+        self.plain, self.coefficients = functools.partial(function, **static), coefficients
+        # torch.compile keeps what it compiled by code object and gives up after eight: every kernel has its own
+        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        own.__kwdefaults__ = dict(static)
+        self.fast = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
+
+    def __call__(self, *args):
+        if self.coefficients in _REFUSED:
+            return self.plain(*args)
+        try:
+            return self.fast(*args)
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            _REFUSED.add(self.coefficients)
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            warnings.warn(
+                f"torch.compile cannot make a kernel of these coefficients ({type(error).__name__}: {reason:.200}); they run "
+                "uncompiled, which is slower, with the same numbers to rounding. It needs a C++ compiler (g++ or clang++) "
+                "and coefficients without Python branches on values; compile=False asks for this without a warning.",
+                SlowPathWarning,
+                stacklevel=2,
+            )
+            return self.plain(*args)
+
+
+_KERNELS: dict[tuple, Kernel] = {}
+_REFUSED: set[tuple] = set()  # coefficients that did not compile
+
+
+def kernel(function: Callable, sde: SDE, p: Params, y: Tensor, **static: Any) -> Kernel:
+    """The compiled form of a kernel function for this kind of SDE, parameters and state; made once."""
+    shapes = tuple((k, v.shape, v.dtype) for k, v in p.items())
+    coefficients = (_identity(sde.drift), _identity(sde.diffusion), sde.noise_type)
+    state = (y.shape[1:], y.dtype, y.device, torch.is_grad_enabled())
+    key = (function, coefficients, shapes, state, tuple(static.items()))
+    found = _KERNELS.get(key)
+    return _KERNELS.setdefault(key, Kernel(function, static, coefficients)) if found is None else found
+
+
+def dynamic(x: Tensor, axis: int = 0) -> Tensor:
+    """x, whose axis of paths may have another size at the next call."""
+    if x.shape[axis] > 1:
+        torch._dynamo.maybe_mark_dynamic(x, axis)
+    return x
+
+
+def _identity(function: Callable) -> Any:
+    """What tells coefficients apart; torch.compile itself looks after what they close over."""
+    code = getattr(function, "__code__", None)
+    return code if code is not None else (type(function), getattr(function, "method", None))
