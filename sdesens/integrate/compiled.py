@@ -14,18 +14,20 @@ This file knows nothing of gradients: a method brings its own kernel function.
 import functools
 import math
 import sys
-import types
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from sdesens.errors import ArgumentError, SlowPathWarning
 from sdesens.integrate.chunk import Chunk, Driver, Dynamics, advance, chunk_length, plan, steps
-from sdesens.noise.source import fused
+from sdesens.noise.source import Draw, Fused, fused
 from sdesens.sde import RESERVED, SDE, Params
 
 # Inductor inlines an expression into each of its uses unless it has more operations than this; at its default of 30 the
@@ -89,12 +91,12 @@ class Clock(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Where a kernel works: paths `first ... last` and `active` steps from `start`, as 0-dim int64 tensors; and their noise.
+    """Where a kernel works, as 0-dim int64 tensors: paths `first ... last`, `active` steps from `start`; and its noise.
 
     Paths beyond `last` are copies of it, to fill a batch up to its size.
     """
 
-    key: Tensor  # of the noise inside the kernel, or its normals (steps, B, m) if they are made outside
+    noise: Any  # the key of noise made inside the kernel, or the normals (B, m) of each step, made outside
     first: Tensor
     last: Tensor
     start: Tensor
@@ -106,31 +108,15 @@ def kernel_length(noise_dim: int) -> int:
     return 4 // math.gcd(4, noise_dim)
 
 
-def handed_in(z: Tensor, paths: Tensor, step: Tensor, n_steps: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """The `Draw` of noise that was made outside the kernel."""
-    return [x.reshape(*paths.shape, dim) for x in z.unbind()]
+def handed_in(key: list[Tensor], paths: Tensor, step: Tensor, n_steps: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+    """The `Draw` of noise that was made outside the kernel: `key` is the noise itself."""
+    return [x.reshape(*paths.shape, dim) for x in key]
 
 
-def stretch(driver: Driver, chunk: Chunk, rows: int, count: int, y: Tensor) -> tuple[Callable, Stretch]:
-    """How a kernel gets the noise of a chunk, for `rows` rows of states like y of which `count` are paths of their own."""
-    form = fused(driver.noise, y.device)
-    first, last, start, active = (
-        torch.full((), x, dtype=torch.int64, device=y.device)
-        for x in (driver.first, driver.first + count - 1, chunk.start, chunk.count)
-    )
-    if form is not None:
-        return form.draw, Stretch(form.key, first, last, start, active)
-    z = driver.normals(chunk, count, y)
-    z = torch.cat((z, z[:, -1:].expand(-1, rows - count, -1)), 1)
-    z = torch.cat((z, z.new_zeros(kernel_length(driver.noise_dim) - chunk.count, *z.shape[1:])))
-    return handed_in, Stretch(dynamic(z, 1), first, last, start, active)
-
-
-def normals(draw: Callable, at: Stretch, shape: tuple, n_steps: int, dim: int, y: Tensor) -> list[Tensor]:
+def normals(draw: Draw, at: Stretch, shape: tuple, n_steps: int, dim: int, y: Tensor) -> list[Tensor]:
     """Inside a kernel: normals (*shape, dim) of each step, for paths laid out as `shape`."""
-    count = math.prod(shape)
-    paths = torch.clamp(at.first + torch.arange(count, device=y.device), max=at.last).reshape(shape)
-    return draw(at.key, paths, at.start, n_steps, dim, y.dtype)
+    paths = torch.clamp(at.first + torch.arange(math.prod(shape), device=y.device), max=at.last).reshape(shape)
+    return draw(at.noise, paths, at.start, n_steps, dim, y.dtype)
 
 
 def merged(rest: Params, theta: Params) -> dict[str, Tensor]:
@@ -139,11 +125,20 @@ def merged(rest: Params, theta: Params) -> dict[str, Tensor]:
 
 
 def forward_kernel(
-    sde: SDE, p: Params, clock: Clock, at: Stretch, y: Tensor, *, draw: Callable, dim: int, every: bool
+    sde: SDE,
+    rest: Params,
+    theta: Params,
+    clock: Clock,
+    at: Stretch,
+    y: Tensor,
+    *,
+    draw: Draw,
+    dim: int,
+    every: bool,
 ) -> list[Tensor]:
     """States after each step of a chunk, or after the last alone."""
     z = normals(draw, at, y.shape[:1], kernel_length(dim), dim, y)
-    states = steps(clock.dynamics(sde, p), at.start, y, z, at.active)
+    states = steps(clock.at(theta).dynamics(sde, merged(rest, theta)), at.start, y, z, at.active)
     return states if every else states[-1:]
 
 
@@ -165,6 +160,7 @@ class Flow:
     clock: Clock
     driver: Driver
     compiled: bool = False
+    _launched: dict = field(default_factory=dict, init=False)
 
     @property
     def dynamics(self) -> Dynamics:
@@ -192,11 +188,50 @@ class Flow:
         return advance(self.dynamics, chunk, y, self.driver.normals(chunk, len(y), y))
 
     def _kernel(self, chunk: Chunk, y: Tensor, count: int) -> list[Tensor]:
-        draw, at = stretch(self.driver, chunk, len(y), count, y)
         every = chunk.marks != (chunk.count,)
-        run = kernel(forward_kernel, self.sde, self.p, y, draw=draw, dim=self.driver.noise_dim, every=every)
-        states = run(self.sde, self.p, self.clock, at, dynamic(y))
+        states = self.launch(forward_kernel, {}, chunk, y.contiguous(), rows=len(y), count=count, every=every)
         return [states[mark - 1] for mark in chunk.marks] if every else states
+
+    @cached_property
+    def _inputs(self) -> tuple[dict[str, Tensor], Tensor, Fused | None]:
+        """Parameters, clock and noise as kernels take them: with an axis in front.
+
+        torch.compile reads the value of a 0-dim tensor on the CPU as if it were a number, and then reasons about it.
+        """
+        clock = torch.stack([x.to(torch.float64) for x in self.clock])
+        return {k: v[None] for k, v in self.p.items()}, clock, fused(self.driver.noise, clock.device)
+
+    def launch(
+        self, function: Callable, theta: Params, chunk: Chunk, y: Tensor, *args, rows: int, count: int, **static
+    ):
+        """A kernel function's result for one chunk.
+
+        Parameters
+        ----------
+        function : callable (sde, rest, theta, clock, at, y, *args, draw, dim, **static)
+            See `forward_kernel`. theta holds the tensors to differentiate in, rest the other parameters.
+        y : Tensor
+            States at the chunk's start, of `rows` paths; the first `count` are paths of their own.
+        static
+            What belongs to the kernel itself: a new value makes a new kernel.
+        """
+        p, clock, form = self._inputs
+        m, length = self.driver.noise_dim, kernel_length(self.driver.noise_dim)
+        where = [self.driver.first, self.driver.first + count - 1, chunk.start, chunk.count]
+        if form is None:
+            z = self.driver.normals(chunk, count, y)
+            z = torch.cat((z, z[:, -1:].expand(-1, rows - count, -1)), 1)
+            key, draw = [*z.unbind(), *[torch.zeros_like(z[0])] * (length - chunk.count)], handed_in
+        else:
+            draw, key = form
+        about = (function, tuple(theta), tuple(static.items()))
+        if about not in self._launched:
+            rest = {k: v for k, v in p.items() if k not in theta}
+            inside = {k: p.get(k, v[None]) for k, v in theta.items() if k != "y0"}
+            go = kernel(function, self.sde, {**rest, **inside}, y, draw=draw, dim=m, **static)
+            self._launched[about] = go, rest, inside
+        go, rest, inside = self._launched[about]
+        return go(self.sde, rest, inside, clock, torch.tensor(where, device=y.device), key, y, *args)
 
     def solve(self, outputs: tuple[int, ...], y: Tensor, count: int | None = None) -> Tensor:
         """States at the grid indices `outputs`, shape (T, B, *event), from y (B, *event)."""
@@ -211,17 +246,26 @@ class Kernel:
     """A pure function, compiled at its first call; itself where that fails."""
 
     def __init__(self, function: Callable, static: dict[str, Any], coefficients: tuple):
-        self.plain, self.coefficients = functools.partial(function, **static), coefficients
+        def run(sde, rest, theta, clock, where, noise, *args):
+            rest, theta = ({k: v[0] for k, v in part.items()} for part in (rest, theta))
+            return function(sde, rest, theta, Clock(*clock.unbind()), Stretch(noise, *where.unbind()), *args, **static)
+
+        self.plain, self.coefficients, self.called = run, coefficients, False
         # torch.compile keeps what it compiled by code object and gives up after eight: every kernel has its own
-        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        own.__kwdefaults__ = dict(static)
+        own = FunctionType(run.__code__.replace(), run.__globals__, function.__name__, None, run.__closure__)
         self.fast = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
 
-    def __call__(self, *args):
+    def __call__(self, sde, rest, theta, clock, where, noise, *args):
         if self.coefficients in _REFUSED:
-            return self.plain(*args)
+            return self.plain(sde, rest, theta, clock, where, noise, *args)
+        if not self.called:  # the axis of paths comes first in every argument, and another run has another number
+            for x in tree_leaves((noise if isinstance(noise, list) else [], args)):
+                if x.shape[0] > 1:
+                    torch._dynamo.maybe_mark_dynamic(x, 0)
         try:
-            return self.fast(*args)
+            result = self.fast(sde, rest, theta, clock, where, noise, *args)
+            self.called = True
+            return result
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
@@ -234,7 +278,7 @@ class Kernel:
                 SlowPathWarning,
                 stacklevel=2,
             )
-            return self.plain(*args)
+            return self.plain(sde, rest, theta, clock, where, noise, *args)
 
 
 _KERNELS: dict[tuple, Kernel] = {}
@@ -249,13 +293,6 @@ def kernel(function: Callable, sde: SDE, p: Params, y: Tensor, **static: Any) ->
     key = (function, coefficients, shapes, state, tuple(static.items()))
     found = _KERNELS.get(key)
     return _KERNELS.setdefault(key, Kernel(function, static, coefficients)) if found is None else found
-
-
-def dynamic(x: Tensor, axis: int = 0) -> Tensor:
-    """x, whose axis of paths may have another size at the next call."""
-    if x.shape[axis] > 1:
-        torch._dynamo.maybe_mark_dynamic(x, axis)
-    return x
 
 
 def _identity(function: Callable) -> Any:

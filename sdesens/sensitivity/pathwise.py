@@ -14,14 +14,14 @@ Reference: M. Giles, P. Glasserman, Smoking adjoints, Risk 2006.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
 from sdesens.integrate.chunk import Chunk, advance, steps
-from sdesens.integrate.compiled import Clock, Flow, Stretch, dynamic, kernel_length, merged, normals
+from sdesens.integrate.compiled import Clock, Flow, Stretch, kernel_length, merged, normals
+from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.sde import SDE
 from sdesens.sensitivity.tile import (
@@ -71,7 +71,7 @@ def pathwise(tile: Tile, theta: Theta, *, budget: int = STATE_BUDGET) -> Contrib
             with torch.no_grad():
                 boundaries = _boundaries(tile, theta, segment, start)
         for chunk in reversed(segment):
-            y_bar, totals = pull_chunk(tile, flow, leaves, chunk, boundaries.pop(), y_bar, bars, totals)
+            y_bar, totals = pull_chunk(tile, flow, theta, leaves, chunk, boundaries.pop(), y_bar, bars, totals)
     accumulate(theta_bar, [total[: tile.n_groups] for total in totals.values()])
     initial_pullback(tile, leaves, tile.narrowed(y_bar) + ys_bar[0], theta_bar)
     return Contributions(values, group_means(tile, theta_bar))
@@ -110,7 +110,8 @@ Totals = dict[str, Tensor]
 
 
 def _plain_pullback(
-    tile: Tile, flow: Flow, leaves: Totals, chunk: Chunk, y: Tensor, y_bar: Tensor, ys_bar: Tensor, totals: Totals
+    tile: Tile, flow: Flow, theta: Theta, leaves: Totals, chunk: Chunk, y: Tensor, y_bar: Tensor, ys_bar: Tensor,
+    totals: Totals,
 ) -> tuple[Tensor, Totals]:
     """Equation (1) over one chunk, and the totals with its share of (2), by autograd on the chunk's own graph."""
 
@@ -131,23 +132,22 @@ def _plain_pullback(
 
 
 def _kernel_pullback(
-    tile: Tile, flow: Flow, leaves: Totals, chunk: Chunk, y: Tensor, y_bar: Tensor, ys_bar: Tensor, totals: Totals
+    tile: Tile, flow: Flow, theta: Theta, leaves: Totals, chunk: Chunk, y: Tensor, y_bar: Tensor, ys_bar: Tensor,
+    totals: Totals,
 ) -> tuple[Tensor, Totals]:
     """The same by one compiled kernel."""
     every = chunk.marks != (chunk.count,)
     if every:
-        bars = y_bar.new_zeros(kernel_length(tile.noise_dim), *y_bar.shape)
-        bars[-1] = y_bar  # steps that are not taken pass it on
+        none = torch.zeros_like(y_bar)
+        bars = [none] * (kernel_length(tile.noise_dim) - 1) + [y_bar]  # steps that are not taken pass theirs on
         for mark, output in chunk.outputs:
-            bars[chunk.marks[mark] - 1] += ys_bar[output]
-        bars = dynamic(bars, 1)
+            bars[chunk.marks[mark] - 1] = bars[chunk.marks[mark] - 1] + ys_bar[output]
     else:
-        bars = dynamic(sum((ys_bar[output] for _, output in chunk.outputs), y_bar))
-    y = y.reshape(y_bar.shape)  # the same memory
-    inside = {k: dynamic(v) for k, v in totals.items() if k != "y0"}
-    theta = {k: v[0] for k, v in leaves.items()}
-    y_bar, moved = tile.run(pullback_kernel, flow, theta, chunk, y, bars, inside, rows=tile.width, every=every)
-    return y_bar, {**totals, **moved}
+        bars = [sum((ys_bar[output] for _, output in chunk.outputs), y_bar)]
+    y_bar, moved = flow.launch(
+        pullback_kernel, theta, chunk, y.view(y_bar.shape), bars, totals, rows=tile.width, count=tile.count, every=every
+    )
+    return y_bar, moved
 
 
 def pullback_kernel(
@@ -157,10 +157,10 @@ def pullback_kernel(
     clock: Clock,
     at: Stretch,
     y: Tensor,
-    bars: Tensor,
+    bars: list[Tensor],
     totals: Totals,
     *,
-    draw: Callable,
+    draw: Draw,
     dim: int,
     every: bool,
 ) -> tuple[Tensor, Totals]:
@@ -168,10 +168,10 @@ def pullback_kernel(
     z = normals(draw, at, y.shape[:2], kernel_length(dim), dim, y)
     copies = {k: v.expand(y.shape[0], *v.shape) for k, v in theta.items()}
 
-    def run(th: Theta, y: Tensor, *z: Tensor) -> Tensor:
+    def run(th: Theta, y: Tensor, *z: Tensor) -> list[Tensor]:
         states = steps(clock.at(th).dynamics(sde, merged(rest, th)), at.start, y, z, at.active)
-        return torch.stack(states) if every else states[-1]
+        return states if every else states[-1:]
 
-    _, pull_back = vjp(vmap(run, out_dims=1 if every else 0), copies, y, *z)
+    _, pull_back = vjp(vmap(run), copies, y, *z)
     theta_bar, y_bar, *_ = pull_back(bars)
-    return y_bar, {k: total + theta_bar[k] for k, total in totals.items()}
+    return y_bar, {k: total + theta_bar[k] if k in theta_bar else total for k, total in totals.items()}

@@ -19,7 +19,7 @@ from torch.func import vmap
 
 from sdesens.errors import NonFiniteError
 from sdesens.integrate.chunk import Chunk, Driver, Dynamics
-from sdesens.integrate.compiled import Clock, Flow, dynamic, kernel, stretch
+from sdesens.integrate.compiled import Clock, Flow
 from sdesens.integrate.solve import check_finite_paths
 from sdesens.noise import Held, Noise
 from sdesens.problem import Problem, Theta
@@ -94,7 +94,8 @@ class Tile:
     def start(self, theta: Theta, rows: int | None = None) -> Tensor:
         """Initial states, shape (count, *event), or of so many rows."""
         y0 = self.problem.initial(theta)
-        return y0.expand(rows or self.count, *y0.shape)
+        y = y0.expand(rows or self.count, *y0.shape)
+        return y.contiguous() if self.compiled else y  # a kernel takes one layout
 
     def sweep(self, theta: Theta, chunks: list[Chunk], y: Tensor) -> Iterator[tuple[Chunk, list[Tensor]]]:
         """Advance y (count or width, *event) over the chunks; yields each with its states at the marks."""
@@ -145,14 +146,6 @@ class Tile:
     def zeros(self, theta: Theta) -> dict[str, Tensor]:
         """Totals for each group of the layout, float64."""
         return {k: v.new_zeros(self.layout[0], *v.shape, dtype=torch.float64) for k, v in theta.items()}
-
-    def run(self, function: Callable, flow: Flow, theta: Theta, chunk: Chunk, y: Tensor, *args, rows: int, **static):
-        """A method's kernel for one chunk, at states y of `rows` paths."""
-        draw, at = stretch(flow.driver, chunk, rows, self.count, y)
-        inside = {k: v.detach() for k, v in theta.items() if k != "y0"}
-        rest = {k: v for k, v in flow.p.items() if k not in theta}
-        go = kernel(function, flow.sde, {**rest, **inside}, y, draw=draw, dim=self.noise_dim, **static)
-        return go(flow.sde, rest, inside, flow.clock, at, dynamic(y), *args)
 
     def per_group(self, x: Tensor, axis: int = 0) -> Tensor:
         """Split the path axis into (n_groups, group)."""
