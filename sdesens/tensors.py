@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 _FORWARD_MODE = threading.RLock()
 
@@ -20,9 +21,20 @@ def jvp(function, primals: tuple, tangents: tuple):
     """
     primals, tangents = tuple(map(_dense, primals)), tuple(map(_dense, tangents))
     if torch.compiler.is_compiling():
-        return torch.func.jvp(function, primals, tangents)
+        return _jvp_by_transposes(function, primals, tangents)
     with _FORWARD_MODE:
         return torch.func.jvp(function, primals, tangents)
+
+
+def _jvp_by_transposes(function, primals: tuple, tangents: tuple):
+    """The same in reverse mode, as the transpose of the transpose: torch cannot trace forward mode over dynamic shapes."""
+    out = function(*primals)
+
+    def transposed(bars):
+        return torch.func.vjp(function, *primals)[1](bars)
+
+    _, push = torch.func.vjp(transposed, tree_map(torch.zeros_like, out))
+    return out, push(tangents)[0]
 
 
 def _dense(x):

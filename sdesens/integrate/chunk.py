@@ -98,7 +98,7 @@ class Driver:
 def steps(
     dynamics: Dynamics, start: int | Tensor, y: Tensor, z: Iterable[Tensor], active: Tensor | None = None
 ) -> list[Tensor]:
-    """States after each step of a stretch of the grid: what every kernel of a chunk is made of.
+    """States after each step of a stretch of the grid.
 
     Parameters
     ----------
@@ -108,22 +108,31 @@ def steps(
     z : tensors of shape (B, m), one a step
         Standard normals; dW = sqrt(dt) z.
     active : 0-dim int64 tensor, optional
-        Steps beyond so many are not taken: the state stays as it is. A compiled kernel has a fixed number of steps, a grid
-        any. The coefficients are then evaluated where the stretch began, a point known to be sound, so that what is thrown
-        away holds no NaN that a derivative could pick up.
+        Steps beyond so many are not taken, see `taken`.
     """
-    dt, root, begin, states = dynamics.dt.to(y.dtype), dynamics.dt.sqrt().to(y.dtype), y, []
+    states, x = [], y
     for k, normals in enumerate(z):
-        if active is None:
-            t = (dynamics.t0 + (start + k) * dynamics.dt).to(y.dtype)
-            y = euler.step(dynamics.sde, dynamics.p, t, dt, y, normals * root)
-        else:
-            live = k < active
-            t = (dynamics.t0 + torch.where(live, start + k, start) * dynamics.dt).to(y.dtype)
-            moved = euler.step(dynamics.sde, dynamics.p, t, dt, torch.where(live, y, begin), normals * root)
-            y = torch.where(live, moved, y)
-        states.append(y)
+        x = step(dynamics, start + k, x, normals) if active is None else taken(dynamics, start, k, x, normals, y, active)
+        states.append(x)
     return states
+
+
+def step(dynamics: Dynamics, n: int | Tensor, y: Tensor, z: Tensor) -> Tensor:
+    """The step from grid index n, with normals z (B, m)."""
+    dt = dynamics.dt.to(y.dtype)
+    t = (dynamics.t0 + n * dynamics.dt).to(y.dtype)
+    return euler.step(dynamics.sde, dynamics.p, t, dt, y, z * dynamics.dt.sqrt().to(y.dtype))
+
+
+def taken(dynamics: Dynamics, start: Tensor, k: int, y: Tensor, z: Tensor, begin: Tensor, active: Tensor) -> Tensor:
+    """Step k of a stretch that has `active` of them; y itself from there on.
+
+    A compiled kernel has a fixed number of steps, a grid any. The coefficients of a step that is not taken are evaluated
+    where the stretch began, a point known to be sound: what is thrown away must hold no NaN that a derivative could pick up.
+    """
+    live = k < active
+    moved = step(dynamics, torch.where(live, start + k, start), torch.where(live, y, begin), z)
+    return torch.where(live, moved, y)
 
 
 def advance(dynamics: Dynamics, chunk: Chunk, y: Tensor, z: Tensor) -> list[Tensor]:

@@ -263,7 +263,10 @@ class Kernel:
                 if x.shape[0] > 1:
                     torch._dynamo.maybe_mark_dynamic(x, 0)
         try:
-            result = self.fast(sde, rest, theta, clock, where, noise, *args)
+            if self.called:
+                return self.fast(sde, rest, theta, clock, where, noise, *args)
+            with warnings.catch_warnings(action="ignore"):  # torch's own, about its own insides
+                result = self.fast(sde, rest, theta, clock, where, noise, *args)
             self.called = True
             return result
         except Exception as error:
@@ -292,7 +295,7 @@ def kernel(function: Callable, sde: SDE, p: Params, y: Tensor, **static: Any) ->
     state = (y.shape[1:], y.dtype, y.device, torch.is_grad_enabled())
     key = (function, coefficients, shapes, state, tuple(static.items()))
     found = _KERNELS.get(key)
-    return _KERNELS.setdefault(key, Kernel(function, static, coefficients)) if found is None else found
+    return _KERNELS.setdefault(key, Kernel(function, static, (function, *coefficients))) if found is None else found
 
 
 def _identity(function: Callable) -> Any:

@@ -18,10 +18,14 @@ AISTATS 2020, arXiv:2001.01328.
 
 import torch
 from torch import Tensor
+from torch.func import vjp, vmap
 
+from sdesens.integrate.chunk import Dynamics
+from sdesens.integrate.compiled import Clock, Stretch, kernel_length, merged, normals
+from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.rewrite import diffusion_derivative
-from sdesens.sde import noise_product
+from sdesens.sde import SDE, noise_product
 from sdesens.sensitivity.tile import (
     Contributions,
     Tile,
@@ -47,32 +51,88 @@ def adjoint(tile: Tile, theta: Theta, *, corrected: bool = True) -> Contribution
     leaves = group_leaves(tile, theta)
     values, ys_bar, theta_bar = functional_pullback(tile, leaves, ys)
     tile.check(theta, ys, values)
-    x, A = tile.per_group(ys[-1]), ys_bar[-1]
-    output_at = {step: i for i, step in enumerate(problem.outputs[:-1])}
+    bars, flow = tile.widened(ys_bar), tile.flow(theta)
+    x, A, totals = tile.widened(tile.per_group(ys, 1), copies=True)[-1], bars[-1], tile.zeros(theta)
+    output_at = {step: bars[i] for i, step in enumerate(problem.outputs[:-1])}
+    retreat = _by_kernel if tile.compiled else _step_by_step
     for chunk in reversed(tile.chunks):
-        z = tile.per_group(tile.driver.normals(chunk, tile.count, x), 1)
-        for k in reversed(range(chunk.count)):
-            n = chunk.start + k
-            move = tile.map_groups(lambda th, x, z, n=n: _increment(tile, th, n, x, z, corrected), (0, 0, 0))
-            x = x.detach().requires_grad_()
-            with torch.enable_grad():
-                M = move(leaves, x, z[k])
-            x_bar, *bars = pull(M, [x, *leaves.values()], A)
-            accumulate(theta_bar, bars)
-            x = (x - M).detach()
-            A = A if x_bar is None else A + x_bar
-            if n in output_at:
-                A = A + ys_bar[output_at[n]]
-    initial_pullback(tile, leaves, A, theta_bar)
+        x, A, totals = retreat(tile, flow, theta, leaves, chunk, x, A, totals, output_at, corrected)
+    accumulate(theta_bar, [total[: tile.n_groups] for total in totals.values()])
+    initial_pullback(tile, leaves, tile.narrowed(A), theta_bar)
     return Contributions(values, group_means(tile, theta_bar))
 
 
-def _increment(tile: Tile, theta: Theta, n: int, x: Tensor, z: Tensor, corrected: bool) -> Tensor:
-    """Equation (1) for the step from t_n to t_{n+1}, at x (group, *event) with normals z (group, m)."""
-    problem, sde = tile.problem, tile.problem.sde
-    p, dt = problem.params(theta), problem.step_size(theta)
-    t = (problem.t0 + (n + 1) * dt).to(x.dtype)
-    dt = dt.to(x.dtype)
+def _step_by_step(tile, flow, theta, leaves, chunk, x, A, totals, output_at, corrected):
+    """x, A and totals at the start of a chunk, from those at its end."""
+    z = tile.per_group(tile.driver.normals(chunk, tile.count, x), 1)
+    for n in reversed(range(chunk.start, chunk.start + chunk.count)):
+
+        def move(th: Theta, x: Tensor, z: Tensor, n: int = n) -> Tensor:
+            return increment(tile.dynamics(th), n, x, z, corrected)
+
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            M = tile.map_groups(move, (0, 0, 0))(leaves, x, z[n - chunk.start])
+        x_bar, *bars = pull(M, [x, *leaves.values()], A)
+        accumulate(totals, bars)
+        x = (x - M).detach()
+        A = A if x_bar is None else A + x_bar
+        A = A + output_at[n] if n in output_at else A
+    return x, A, totals
+
+
+def _by_kernel(tile, flow, theta, leaves, chunk, x, A, totals, output_at, corrected):
+    """The same by one compiled kernel."""
+    inside = range(chunk.start + 1, chunk.start + chunk.count)
+    every = any(n in output_at for n in inside)
+    none = torch.zeros_like(A)
+    jumps = [output_at.get(chunk.start + k, none) for k in range(kernel_length(tile.noise_dim))] if every else []
+    x, A, totals = flow.launch(
+        retreat_kernel, theta, chunk, x, A, totals, jumps, rows=tile.width, count=tile.count, corrected=corrected
+    )
+    return x, A + output_at[chunk.start] if chunk.start in output_at and not every else A, totals
+
+
+def retreat_kernel(
+    sde: SDE,
+    rest: Theta,
+    theta: Theta,
+    clock: Clock,
+    at: Stretch,
+    x: Tensor,
+    A: Tensor,
+    totals: Theta,
+    jumps: list[Tensor],
+    *,
+    draw: Draw,
+    dim: int,
+    corrected: bool,
+) -> tuple[Tensor, Tensor, Theta]:
+    """Equation (2) over a chunk, for x and A (n_groups, group, *event); jumps are dF/dy at the start of every step."""
+    z = normals(draw, at, x.shape[:2], kernel_length(dim), dim, x)
+    copies = {k: v.expand(x.shape[0], *v.shape) for k, v in theta.items()}
+    for k in reversed(range(len(z))):
+        live = k < at.active  # a step that is not taken is evaluated where the first that is will be
+        n = torch.where(live, at.start + k, at.start + at.active - 1)
+
+        def move(th: Theta, x: Tensor, z: Tensor, n: Tensor = n) -> Tensor:
+            return increment(clock.at(th).dynamics(sde, merged(rest, th)), n, x, z, corrected)
+
+        M, pull_back = vjp(vmap(move), copies, x, z[k])
+        theta_bar, x_bar, _ = pull_back(A)
+        totals = {
+            name: total + torch.where(live, theta_bar[name], 0.0) if name in theta_bar else total
+            for name, total in totals.items()
+        }
+        x, A = torch.where(live, x - M, x), torch.where(live, A + x_bar, A)
+        A = A + jumps[k] if jumps else A
+    return x, A, totals
+
+
+def increment(dynamics: Dynamics, n: int | Tensor, x: Tensor, z: Tensor, corrected: bool) -> Tensor:
+    """Equation (1) for the step from t_n to t_{n+1}, at x (B, *event) with normals z (B, m)."""
+    sde, p, dt = dynamics.sde, dynamics.p, dynamics.dt.to(x.dtype)
+    t = (dynamics.t0 + (n + 1) * dynamics.dt).to(x.dtype)
     root = dt.sqrt()
     g = sde.diffusion(t, x, p)
     M = sde.drift(t, x, p) * dt + noise_product(sde, g, z * root)

@@ -22,8 +22,11 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, jacrev, vmap
 
-from sdesens.integrate.chunk import Chunk, advance
+from sdesens.integrate.chunk import Chunk, advance, steps
+from sdesens.integrate.compiled import Clock, Stretch, kernel_length, merged, normals
+from sdesens.noise.source import Draw
 from sdesens.problem import Theta
+from sdesens.sde import SDE
 from sdesens.sensitivity.tile import Contributions, Tile
 from sdesens.tensors import jvp
 
@@ -46,9 +49,11 @@ def forward(tile: Tile, theta: Theta, *, strategy: str | None = None) -> Contrib
     """
     theta = {k: v.detach() for k, v in theta.items()}
     components, states = sum(v.numel() for v in theta.values()), tile.start(theta)[0].numel()
-    if strategy is None:
-        strategy = "jacobians" if tile.vectorised and 8 * components >= states else "directions"
     with torch.no_grad():
+        if tile.compiled:
+            return _by_kernels(tile, theta, strategy or ("jacobians" if components >= states else "directions"))
+        if strategy is None:
+            strategy = "jacobians" if tile.vectorised and 8 * components >= states else "directions"
         return (_by_jacobians if strategy == "jacobians" else _by_directions)(tile, theta)
 
 
@@ -94,13 +99,10 @@ def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
 
 
 def _by_jacobians(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
-    problem = tile.problem
     y = tile.start(theta)
-    event = y.shape[1:]
-    d, B = math.prod(event), tile.count
-    S0 = _flatten(jacrev(lambda th: problem.initial(th) + 0)(theta), 1, d).to(y.dtype)  # (1, d, P)
-    S = S0.expand(B, -1, -1)
-    ys, tangents = [y] * len(problem.outputs), [S] * len(problem.outputs)
+    d, B = math.prod(y.shape[1:]), tile.count
+    S = _tangents_at_start(tile, theta, y)
+    ys, tangents = [y] * len(tile.problem.outputs), [S] * len(tile.problem.outputs)
     for chunk in tile.chunks:
 
         def run(th: Theta, x: Tensor, z: Tensor, chunk: Chunk = chunk) -> tuple[Tensor, Tensor]:
@@ -116,17 +118,103 @@ def _by_jacobians(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
         for mark, output in chunk.outputs:
             ys[output], tangents[output] = states[:, mark], moved[:, mark]
         y, S = states[:, -1], moved[:, -1]
-    path = torch.stack(ys)
+    return _weighed(tile, theta, torch.stack(ys), tangents)
+
+
+def _tangents_at_start(tile: Tile, theta: dict[str, Tensor], y: Tensor) -> Tensor:
+    """S_0 of every path, shape (B, d, P)."""
+    d = y[0].numel()
+    S0 = _flatten(jacrev(lambda th: tile.problem.initial(th) + 0)(theta), 1, d)
+    return S0.to(y.dtype).expand(tile.count, -1, -1)
+
+
+def _weighed(tile: Tile, theta: dict[str, Tensor], path: Tensor, tangents: list[Tensor]) -> Contributions:
+    """Equation (2), from states (T, B, *event) and the tangents (B, d, P) at each of the T times."""
 
     def value(th: Theta, x: Tensor) -> Tensor:
         return tile.values(th, x[:, None])[0]
 
     (explicit, ys_bar), values = vmap(grad_and_value(value, argnums=(0, 1)), in_dims=(None, 1))(theta, path)
     tile.check(theta, path, values)
+    B = tile.count
     total = _flatten(explicit, B).double()  # (B, P)
     for output, tangent in enumerate(tangents):
-        total += (ys_bar[:, output].reshape(B, 1, d) @ tangent)[:, 0]
+        total += (ys_bar[:, output].reshape(B, 1, -1) @ tangent)[:, 0]
     return Contributions(values, _unflatten(total, theta))
+
+
+def _by_kernels(tile: Tile, theta: dict[str, Tensor], strategy: str) -> Contributions:
+    names = [*(k for k in theta if k != "y0"), *(k for k in theta if k == "y0")]
+    ordered = {k: theta[k] for k in names}  # a kernel knows nothing of y0: its columns come last
+    flow, y = tile.flow(theta), tile.start(theta)
+    S = _paths_inside(_tangents_at_start(tile, ordered, y))
+    ys, tangents = [y] * len(tile.problem.outputs), [S] * len(tile.problem.outputs)
+    for chunk in tile.chunks:
+        every = chunk.marks != (chunk.count,)
+        states, moved = flow.launch(
+            tangent_kernel, ordered, chunk, y, S, rows=tile.count, count=tile.count, every=every, strategy=strategy
+        )
+        for mark, output in chunk.outputs:
+            k = chunk.marks[mark] - 1 if every else 0
+            ys[output], tangents[output] = states[k], moved[k]
+        y, S = states[-1], moved[-1]
+    done = _weighed(tile, ordered, torch.stack(ys), tangents)
+    return Contributions(done.values, {k: done.gradients[k] for k in theta})
+
+
+def tangent_kernel(
+    sde: SDE,
+    rest: Theta,
+    theta: Theta,
+    clock: Clock,
+    at: Stretch,
+    y: Tensor,
+    S: Tensor,
+    *,
+    draw: Draw,
+    dim: int,
+    every: bool,
+    strategy: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """States y (B, *event) and tangents S (B, d, P) after each step of a chunk, or after the last alone."""
+    z = normals(draw, at, y.shape[:1], kernel_length(dim), dim, y)
+    B, d, P = S.shape
+
+    def run(th: Theta, x: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
+        states = steps(clock.at(th).dynamics(sde, merged(rest, th)), at.start, x, z, at.active)
+        return tuple(states if every else states[-1:])
+
+    if strategy == "directions":
+        own = basis(theta)
+        units = own + [{k: torch.zeros_like(v) for k, v in theta.items()}] * (P - len(own))
+        directions = zip(units, S.unbind(-1), strict=True)
+        pairs = [jvp(lambda th, x: run(th, x, *z), (theta, y), (u, column.reshape(y.shape))) for u, column in directions]
+        states, results = pairs[0][0], [moved for _, moved in pairs]
+        columns = zip(*results, strict=True)
+        return list(states), [_paths_inside(torch.stack([c.reshape(B, d) for c in row], -1)) for row in columns]
+
+    def one(th: Theta, x: Tensor, *z: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        states = tuple(state[0] for state in run(th, x[None], *(normal[None] for normal in z)))
+        return states, states
+
+    in_dims = (None, 0, *[0] * len(z))
+    jacobians, states = vmap(jacrev(one, argnums=(0, 1), has_aux=True), in_dims=in_dims)(theta, y, *z)
+    tangents = []
+    for by_theta, by_y in jacobians:
+        moved = _product(by_y.reshape(B, d, d), S)
+        own = _flatten({k: v for k, v in by_theta.items()}, B, d).to(y.dtype)
+        tangents.append(_paths_inside(moved + torch.nn.functional.pad(own, (0, P - own.shape[-1]))))
+    return list(states), tangents
+
+
+def _product(J: Tensor, S: Tensor) -> Tensor:
+    """J (B, d, d) times S (B, d, P): written out where a batched product of small matrices would be a slow kernel."""
+    return J * S if J.shape[-1] == 1 else (J[..., None] * S[:, None]).sum(2) if J.shape[-1] <= 4 else J @ S
+
+
+def _paths_inside(S: Tensor) -> Tensor:
+    """S (B, d, P) with neighbouring paths next to each other in memory, which is how a fused loop runs over them."""
+    return S.permute(2, 1, 0).contiguous().permute(2, 1, 0)
 
 
 def _flatten(tree: Tangents, *lead: int) -> Tensor:

@@ -133,11 +133,14 @@ class Tile:
         """Rows of a batch in reverse mode: the paths, and copies of the last where a kernel's groups need them."""
         return math.prod(self.layout)
 
-    def widened(self, x: Tensor) -> Tensor:
-        """x (T, n_groups, group, *event) as (T, *layout, *event): rows that are no paths get zeros."""
+    def widened(self, x: Tensor, *, copies: bool = False) -> Tensor:
+        """x (T, n_groups, group, *event) as (T, *layout, *event): rows that are no paths get zeros, or copies of the last."""
         flat = x.flatten(1, 2)
-        more = flat.new_zeros(len(flat), self.width - self.count, *flat.shape[2:])
-        return (torch.cat((flat, more), 1) if more.numel() else flat).unflatten(1, self.layout)
+        more = self.width - self.count
+        if more:
+            fill = flat[:, -1:].expand(-1, more, *flat.shape[2:])
+            flat = torch.cat((flat, fill if copies else torch.zeros_like(fill)), 1)
+        return flat.unflatten(1, self.layout)
 
     def narrowed(self, x: Tensor) -> Tensor:
         """The paths of x (*layout, *event), in groups."""
