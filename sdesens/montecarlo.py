@@ -41,7 +41,9 @@ from sdesens.sensitivity.tile import Contributions, Tile
 BLOCK = 10_000  # paths a block; a multiple of GROUP
 GROUP = 200  # paths a group in reverse mode
 ROW = 8  # tiles are cut at multiples of so many groups, see `_tiles`
-TILE_NUMBERS = KERNEL_NUMBERS = 40_000  # numbers in one state tensor of a tile: a few of them fit the second-level cache
+TILE_NUMBERS = KERNEL_NUMBERS = (
+    40_000  # numbers in one state tensor of a tile: a few of them fit the second-level cache
+)
 TILE_OUTPUT_BYTES = 64 * 2**20  # states (and tangents) kept for the functional
 
 

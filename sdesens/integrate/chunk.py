@@ -112,7 +112,11 @@ def steps(
     """
     states, x = [], y
     for k, normals in enumerate(z):
-        x = step(dynamics, start + k, x, normals) if active is None else taken(dynamics, start, k, x, normals, y, active)
+        x = (
+            step(dynamics, start + k, x, normals)
+            if active is None
+            else taken(dynamics, start, k, x, normals, y, active)
+        )
         states.append(x)
     return states
 

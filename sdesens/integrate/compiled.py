@@ -36,6 +36,7 @@ OPTIONS = {"realize_opcount_threshold": 12}
 
 
 COMPILE = ("auto", True, False)
+SMALL = 40_000  # normals a kernel, at least, where a batch alone is smaller
 LEAST = 10_000_000  # path-steps below which "auto" never compiles
 REPAYS = 100_000_000  # path-steps, times tangents, whose time uncompiled is about that of compiling
 
@@ -60,7 +61,9 @@ def wanted(compile: bool | str, path_steps: int, tangents: int = 1) -> bool:
 
 @functools.cache
 def _say_once() -> None:
-    print("sdesens: compiling the steps of large runs, a few seconds each kind; compile=False does not.", file=sys.stderr)
+    print(
+        "sdesens: compiling the steps of large runs, a few seconds each kind; compile=False does not.", file=sys.stderr
+    )
 
 
 class Clock(NamedTuple):
@@ -103,12 +106,19 @@ class Stretch(NamedTuple):
     active: Tensor
 
 
-def kernel_length(noise_dim: int) -> int:
-    """Steps a kernel: the fewest that use whole Philox calls of four. More made the gradient's kernel slower."""
-    return 4 // math.gcd(4, noise_dim)
+def kernel_length(noise_dim: int, rows: int | None = None) -> int:
+    """Steps a kernel: the fewest that use whole Philox calls of four. More made the gradient's kernel slower.
+
+    But a call costs as much as some 20,000 normals, so a small batch of so many rows takes more steps at a time.
+    """
+    least = 4 // math.gcd(4, noise_dim)
+    worth = 1 if rows is None else SMALL // (least * noise_dim * rows)
+    return least * max(1, min(worth, 8 // least))
 
 
-def handed_in(key: list[Tensor], paths: Tensor, step: Tensor, n_steps: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+def handed_in(
+    key: list[Tensor], paths: Tensor, step: Tensor, n_steps: int, dim: int, dtype: torch.dtype
+) -> list[Tensor]:
     """The `Draw` of noise that was made outside the kernel: `key` is the noise itself."""
     return [x.reshape(*paths.shape, dim) for x in key]
 
@@ -134,10 +144,11 @@ def forward_kernel(
     *,
     draw: Draw,
     dim: int,
+    length: int,
     every: bool,
 ) -> list[Tensor]:
     """States after each step of a chunk, or after the last alone."""
-    z = normals(draw, at, y.shape[:1], kernel_length(dim), dim, y)
+    z = normals(draw, at, y.shape[:1], length, dim, y)
     states = steps(clock.at(theta).dynamics(sde, merged(rest, theta)), at.start, y, z, at.active)
     return states if every else states[-1:]
 
@@ -159,7 +170,7 @@ class Flow:
     p: dict[str, Tensor]
     clock: Clock
     driver: Driver
-    compiled: bool = False
+    length: int = 0
     _launched: dict = field(default_factory=dict, init=False)
 
     @property
@@ -169,18 +180,15 @@ class Flow:
 
     def chunks(self, outputs: tuple[int, ...]) -> list[Chunk]:
         """The grid in chunks, for outputs at these indices."""
-        m = self.driver.noise_dim
-        return plan(outputs, kernel_length(m) if self.compiled else chunk_length(m))
+        return plan(outputs, self.length or chunk_length(self.driver.noise_dim))
 
-    def sweep(
-        self, chunks: list[Chunk], y: Tensor, count: int | None = None
-    ) -> Iterator[tuple[Chunk, list[Tensor]]]:
+    def sweep(self, chunks: list[Chunk], y: Tensor, count: int | None = None) -> Iterator[tuple[Chunk, list[Tensor]]]:
         """Advance y (B, *event) over the chunks; yields each with its states at the marks.
 
         The first `count` rows are paths of their own, the rest fill the batch up.
         """
         for chunk in chunks:
-            states = self._kernel(chunk, y, count or len(y)) if self.compiled else self._plain(chunk, y)
+            states = self._kernel(chunk, y, count or len(y)) if self.length else self._plain(chunk, y)
             y = states[-1]
             yield chunk, states
 
@@ -194,12 +202,12 @@ class Flow:
 
     @cached_property
     def _inputs(self) -> tuple[dict[str, Tensor], Tensor, Fused | None]:
-        """Parameters, clock and noise as kernels take them: with an axis in front.
+        """Parameters, clock and noise as kernels take them: numbers with an axis in front.
 
         torch.compile reads the value of a 0-dim tensor on the CPU as if it were a number, and then reasons about it.
         """
         clock = torch.stack([x.to(torch.float64) for x in self.clock])
-        return {k: v[None] for k, v in self.p.items()}, clock, fused(self.driver.noise, clock.device)
+        return {k: v if v.dim() else v[None] for k, v in self.p.items()}, clock, fused(self.driver.noise, clock.device)
 
     def launch(
         self, function: Callable, theta: Params, chunk: Chunk, y: Tensor, *args, rows: int, count: int, **static
@@ -208,7 +216,7 @@ class Flow:
 
         Parameters
         ----------
-        function : callable (sde, rest, theta, clock, at, y, *args, draw, dim, **static)
+        function : callable (sde, rest, theta, clock, at, y, *args, draw, dim, length, **static)
             See `forward_kernel`. theta holds the tensors to differentiate in, rest the other parameters.
         y : Tensor
             States at the chunk's start, of `rows` paths; the first `count` are paths of their own.
@@ -216,19 +224,20 @@ class Flow:
             What belongs to the kernel itself: a new value makes a new kernel.
         """
         p, clock, form = self._inputs
-        m, length = self.driver.noise_dim, kernel_length(self.driver.noise_dim)
         where = [self.driver.first, self.driver.first + count - 1, chunk.start, chunk.count]
         if form is None:
             z = self.driver.normals(chunk, count, y)
             z = torch.cat((z, z[:, -1:].expand(-1, rows - count, -1)), 1)
-            key, draw = [*z.unbind(), *[torch.zeros_like(z[0])] * (length - chunk.count)], handed_in
+            key, draw = [*z.unbind(), *[torch.zeros_like(z[0])] * (self.length - chunk.count)], handed_in
         else:
             draw, key = form
         about = (function, tuple(theta), tuple(static.items()))
         if about not in self._launched:
             rest = {k: v for k, v in p.items() if k not in theta}
-            inside = {k: p.get(k, v[None]) for k, v in theta.items() if k != "y0"}
-            go = kernel(function, self.sde, {**rest, **inside}, y, draw=draw, dim=m, **static)
+            inside = {k: p.get(k, v[None]) for k, v in theta.items() if k != "y0"}  # t1 is not in p
+            numbers = frozenset(k for k in (*rest, *inside) if k not in self.p or self.p[k].dim() == 0)
+            static |= {"draw": draw, "dim": self.driver.noise_dim, "length": self.length}
+            go = kernel(function, self.sde, {**rest, **inside}, numbers, y, static)
             self._launched[about] = go, rest, inside
         go, rest, inside = self._launched[about]
         return go(self.sde, rest, inside, clock, torch.tensor(where, device=y.device), key, y, *args)
@@ -245,9 +254,9 @@ class Flow:
 class Kernel:
     """A pure function, compiled at its first call; itself where that fails."""
 
-    def __init__(self, function: Callable, static: dict[str, Any], coefficients: tuple):
+    def __init__(self, function: Callable, static: dict[str, Any], coefficients: tuple, numbers: frozenset[str]):
         def run(sde, rest, theta, clock, where, noise, *args):
-            rest, theta = ({k: v[0] for k, v in part.items()} for part in (rest, theta))
+            rest, theta = ({k: v[0] if k in numbers else v for k, v in part.items()} for part in (rest, theta))
             return function(sde, rest, theta, Clock(*clock.unbind()), Stretch(noise, *where.unbind()), *args, **static)
 
         self.plain, self.coefficients, self.called = run, coefficients, False
@@ -288,14 +297,16 @@ _KERNELS: dict[tuple, Kernel] = {}
 _REFUSED: set[tuple] = set()  # coefficients that did not compile
 
 
-def kernel(function: Callable, sde: SDE, p: Params, y: Tensor, **static: Any) -> Kernel:
+def kernel(
+    function: Callable, sde: SDE, p: Params, numbers: frozenset[str], y: Tensor, static: dict[str, Any]
+) -> Kernel:
     """The compiled form of a kernel function for this kind of SDE, parameters and state; made once."""
     shapes = tuple((k, v.shape, v.dtype) for k, v in p.items())
     coefficients = (_identity(sde.drift), _identity(sde.diffusion), sde.noise_type)
     state = (y.shape[1:], y.dtype, y.device, torch.is_grad_enabled())
-    key = (function, coefficients, shapes, state, tuple(static.items()))
+    key = (function, coefficients, shapes, numbers, state, tuple(static.items()))
     found = _KERNELS.get(key)
-    return _KERNELS.setdefault(key, Kernel(function, static, (function, *coefficients))) if found is None else found
+    return _KERNELS.setdefault(key, Kernel(function, static, (function, *coefficients), numbers)) if found is None else found
 
 
 def _identity(function: Callable) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, NonFiniteError, ShapeError
 from sdesens.integrate.checks import check_finite_params, check_sde, check_shapes
 from sdesens.integrate.chunk import Driver
-from sdesens.integrate.compiled import Clock, Flow, wanted
+from sdesens.integrate.compiled import Clock, Flow, kernel_length, wanted
 from sdesens.noise import GivenNoise, Noise, Philox
 from sdesens.problem import check_state, check_times, grid_positions
 from sdesens.sde import SDE, as_sde, require_ito
@@ -99,7 +99,8 @@ def sdeint(
             check_sde(sde, p, t0, step, y0[0], noise_dim, 0)
     driver = Driver(as_noise(bm, seed, times, n_steps, (y0.shape[0], noise_dim)), 0, noise_dim)
     clock = Clock.of(t0, t1.to(y0.device, torch.float64), n_steps, y0.device)
-    flow = Flow(sde, dict(p), clock, driver, wanted(compile, len(y0) * n_steps, y0.numel() // len(y0)))
+    compiled = wanted(compile, len(y0) * n_steps) and not transforming()
+    flow = Flow(sde, dict(p), clock, driver, kernel_length(noise_dim, len(y0)) if compiled else 0)
     ys = flow.solve(outputs, y0)
     if check and concrete(ys):
         check_finite_paths(ys, flow, outputs, y0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from sdesens.integrate.chunk import Dynamics
-from sdesens.integrate.compiled import Clock, Stretch, kernel_length, merged, normals
+from sdesens.integrate.compiled import Clock, Stretch, merged, normals
 from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.rewrite import diffusion_derivative
@@ -86,7 +86,7 @@ def _by_kernel(tile, flow, theta, leaves, chunk, x, A, totals, output_at, correc
     inside = range(chunk.start + 1, chunk.start + chunk.count)
     every = any(n in output_at for n in inside)
     none = torch.zeros_like(A)
-    jumps = [output_at.get(chunk.start + k, none) for k in range(kernel_length(tile.noise_dim))] if every else []
+    jumps = [output_at.get(chunk.start + k, none) for k in range(flow.length)] if every else []
     x, A, totals = flow.launch(
         retreat_kernel, theta, chunk, x, A, totals, jumps, rows=tile.width, count=tile.count, corrected=corrected
     )
@@ -106,10 +106,11 @@ def retreat_kernel(
     *,
     draw: Draw,
     dim: int,
+    length: int,
     corrected: bool,
 ) -> tuple[Tensor, Tensor, Theta]:
     """Equation (2) over a chunk, for x and A (n_groups, group, *event); jumps are dF/dy at the start of every step."""
-    z = normals(draw, at, x.shape[:2], kernel_length(dim), dim, x)
+    z = normals(draw, at, x.shape[:2], length, dim, x)
     copies = {k: v.expand(x.shape[0], *v.shape) for k, v in theta.items()}
     for k in reversed(range(len(z))):
         live = k < at.active  # a step that is not taken is evaluated where the first that is will be

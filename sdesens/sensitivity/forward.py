@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import grad_and_value, jacrev, vmap
 
 from sdesens.integrate.chunk import Chunk, advance, steps
-from sdesens.integrate.compiled import Clock, Stretch, kernel_length, merged, normals
+from sdesens.integrate.compiled import Clock, Stretch, merged, normals
 from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.sde import SDE
@@ -173,11 +173,12 @@ def tangent_kernel(
     *,
     draw: Draw,
     dim: int,
+    length: int,
     every: bool,
     strategy: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """States y (B, *event) and tangents S (B, d, P) after each step of a chunk, or after the last alone."""
-    z = normals(draw, at, y.shape[:1], kernel_length(dim), dim, y)
+    z = normals(draw, at, y.shape[:1], length, dim, y)
     B, d, P = S.shape
 
     def run(th: Theta, x: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
@@ -188,7 +189,9 @@ def tangent_kernel(
         own = basis(theta)
         units = own + [{k: torch.zeros_like(v) for k, v in theta.items()}] * (P - len(own))
         directions = zip(units, S.unbind(-1), strict=True)
-        pairs = [jvp(lambda th, x: run(th, x, *z), (theta, y), (u, column.reshape(y.shape))) for u, column in directions]
+        pairs = [
+            jvp(lambda th, x: run(th, x, *z), (theta, y), (u, column.reshape(y.shape))) for u, column in directions
+        ]
         states, results = pairs[0][0], [moved for _, moved in pairs]
         columns = zip(*results, strict=True)
         return list(states), [_paths_inside(torch.stack([c.reshape(B, d) for c in row], -1)) for row in columns]
@@ -202,7 +205,7 @@ def tangent_kernel(
     tangents = []
     for by_theta, by_y in jacobians:
         moved = _product(by_y.reshape(B, d, d), S)
-        own = _flatten({k: v for k, v in by_theta.items()}, B, d).to(y.dtype)
+        own = _flatten(by_theta, B, d).to(y.dtype)
         tangents.append(_paths_inside(moved + torch.nn.functional.pad(own, (0, P - own.shape[-1]))))
     return list(states), tangents
 

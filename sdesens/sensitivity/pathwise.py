@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from sdesens.integrate.chunk import Chunk, advance, steps
-from sdesens.integrate.compiled import Clock, Flow, Stretch, kernel_length, merged, normals
+from sdesens.integrate.compiled import Clock, Flow, Stretch, merged, normals
 from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.sde import SDE
@@ -110,7 +110,14 @@ Totals = dict[str, Tensor]
 
 
 def _plain_pullback(
-    tile: Tile, flow: Flow, theta: Theta, leaves: Totals, chunk: Chunk, y: Tensor, y_bar: Tensor, ys_bar: Tensor,
+    tile: Tile,
+    flow: Flow,
+    theta: Theta,
+    leaves: Totals,
+    chunk: Chunk,
+    y: Tensor,
+    y_bar: Tensor,
+    ys_bar: Tensor,
     totals: Totals,
 ) -> tuple[Tensor, Totals]:
     """Equation (1) over one chunk, and the totals with its share of (2), by autograd on the chunk's own graph."""
@@ -132,14 +139,21 @@ def _plain_pullback(
 
 
 def _kernel_pullback(
-    tile: Tile, flow: Flow, theta: Theta, leaves: Totals, chunk: Chunk, y: Tensor, y_bar: Tensor, ys_bar: Tensor,
+    tile: Tile,
+    flow: Flow,
+    theta: Theta,
+    leaves: Totals,
+    chunk: Chunk,
+    y: Tensor,
+    y_bar: Tensor,
+    ys_bar: Tensor,
     totals: Totals,
 ) -> tuple[Tensor, Totals]:
     """The same by one compiled kernel."""
     every = chunk.marks != (chunk.count,)
     if every:
         none = torch.zeros_like(y_bar)
-        bars = [none] * (kernel_length(tile.noise_dim) - 1) + [y_bar]  # steps that are not taken pass theirs on
+        bars = [none] * (flow.length - 1) + [y_bar]  # steps that are not taken pass theirs on
         for mark, output in chunk.outputs:
             bars[chunk.marks[mark] - 1] = bars[chunk.marks[mark] - 1] + ys_bar[output]
     else:
@@ -162,10 +176,11 @@ def pullback_kernel(
     *,
     draw: Draw,
     dim: int,
+    length: int,
     every: bool,
 ) -> tuple[Tensor, Totals]:
     """`_plain_pullback` as a pure function, for y (n_groups, group, *event) and bars of its end, or of every step."""
-    z = normals(draw, at, y.shape[:2], kernel_length(dim), dim, y)
+    z = normals(draw, at, y.shape[:2], length, dim, y)
     copies = {k: v.expand(y.shape[0], *v.shape) for k, v in theta.items()}
 
     def run(th: Theta, y: Tensor, *z: Tensor) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch.func import vmap
 
 from sdesens.errors import NonFiniteError
 from sdesens.integrate.chunk import Chunk, Driver, Dynamics
-from sdesens.integrate.compiled import Clock, Flow
+from sdesens.integrate.compiled import Clock, Flow, kernel_length
 from sdesens.integrate.solve import check_finite_paths
 from sdesens.noise import Held, Noise
 from sdesens.problem import Problem, Theta
@@ -73,7 +73,7 @@ class Tile:
         """What moves these paths, at theta."""
         q = self.problem
         clock = Clock.of(q.t0, theta.get("t1", q.t1), q.n_steps, q.initial({}).device)
-        return Flow(q.sde, q.params(theta), clock, self.driver, self.compiled)
+        return Flow(q.sde, q.params(theta), clock, self.driver, kernel_length(self.noise_dim) if self.compiled else 0)
 
     def dynamics(self, theta: Theta) -> Dynamics:
         """The SDE at theta, on its grid."""
