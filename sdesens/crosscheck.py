@@ -10,14 +10,16 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from sdesens.errors import ArgumentError, NonFiniteError
+from sdesens.integrate.compiled import wanted
 from sdesens.memory import PeakMemory
-from sdesens.montecarlo import Sensitivity, sensitivity
+from sdesens.montecarlo import BLOCK, Sensitivity, sensitivity, tangents
 from sdesens.problem import Problem, Theta
 from sdesens.refinement import Refinement
 from sdesens.refinement import refine as run_refinement
@@ -142,6 +144,7 @@ def crosscheck(
     refine_paths: int = 1000,
     answers: Mapping[str, Answer] | None = None,
     progress: bool | None = None,
+    compile: bool | str = "auto",
 ) -> CrossCheck:
     """Run several methods on the same noise and say whether they agree.
 
@@ -160,7 +163,8 @@ def crosscheck(
     answers : mapping of str to Answer, optional
         Known answers by label. For an answer of the SDE, the bias of the grid is estimated and taken into account.
     progress : bool, optional
-        As in `sensitivity`.
+    compile : {"auto", True, False}
+        As in `sensitivity`. The seconds in the table are those of computing, a first run on few paths having compiled.
 
     Returns
     -------
@@ -189,15 +193,15 @@ def crosscheck(
     failures: dict[str, str] = {}
     for method in chosen:
         bias = method == reference and any(not a.of_scheme for a in answers.values())
+        how: dict[str, Any] = {"method": method, "wrt": names, "seed": seed}
+        how["compile"] = wanted(compile, n_paths * problem.n_steps, tangents(method, theta))
         try:
             with warnings.catch_warnings():  # two paths say nothing about zeros
                 warnings.simplefilter("ignore")
-                # a first small run takes the one-time costs of torch.func out of the seconds
-                sensitivity(problem, n_paths=2, method=method, wrt=names, seed=seed, progress=False)
+                # a first small run, of the same kernels, takes one-time costs out of the seconds
+                sensitivity(problem, n_paths=2, first_path=BLOCK, progress=False, **how)
             measure = PeakMemory()
-            results[method] = sensitivity(
-                problem, n_paths=n_paths, method=method, wrt=names, seed=seed, bias=bias, progress=progress
-            )
+            results[method] = sensitivity(problem, n_paths=n_paths, bias=bias, progress=progress, **how)
             memory[method] = measure.bytes()
         except NonFiniteError:
             if method == reference:

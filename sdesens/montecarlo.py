@@ -33,7 +33,7 @@ from sdesens.errors import (
 from sdesens.estimate import Estimate, Moments, total
 from sdesens.integrate.compiled import wanted
 from sdesens.noise import Coarsened, Noise, independent
-from sdesens.problem import Problem
+from sdesens.problem import Problem, Theta
 from sdesens.sensitivity import METHODS
 from sdesens.sensitivity.probe import check_problem, noise_source, survives_vmap
 from sdesens.sensitivity.tile import Contributions, Tile
@@ -127,6 +127,7 @@ def sensitivity(
     progress: bool | None = None,
     tile_paths: int | None = None,
     compile: bool | str = "auto",
+    check: bool = True,
     **options: Any,
 ) -> Sensitivity:
     """Estimate E[F(X)] and its derivatives, with standard errors.
@@ -162,6 +163,9 @@ def sensitivity(
         seconds of compiling, once for each kind of SDE, method and dtype in a process. "auto" does so where the work
         repays it, and never below 1e7 path-steps. The numbers agree to rounding. Where it cannot be done, a
         SlowPathWarning says why.
+    check : bool
+        Probe the problem first, some 20 ms: structure, names, parameters that do not reach the result. Turn it off in a
+        loop that solves the same problem many times, once it has passed.
     **options
         Of the method itself, such as `relative_step` of "finite_difference"; unknown names raise.
 
@@ -194,7 +198,7 @@ def sensitivity(
     -0.6...
     """
     began = time.perf_counter()
-    run = _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, compile, options)
+    run = _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, compile, check, options)
     stretches = run.stretches()
     mapped = map(run.blocks, stretches) if executor is None else _executed(executor, run, stretches)
     hidden = None if progress is None else not progress
@@ -441,7 +445,7 @@ def _result(
     return Sensitivity(value, gradient, bias, method, value.n, n_steps, first, seconds, blocks, weighted, fingerprint)
 
 
-def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, compile, options) -> _Run:
+def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, compile, check, options) -> _Run:
     """Check everything that can be checked before work starts."""
     if not isinstance(problem, Problem):
         raise ArgumentTypeError(f"`problem` must be a Problem, got {type(problem).__name__}.")
@@ -467,7 +471,7 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
         raise ArgumentError("`bias` runs n_steps and 2 n_steps, so it needs noise for any grid, such as Philox(seed).")
     theta = problem.leaves(wrt)
     differentiated = method != "finite_difference"
-    noise_dim = check_problem(problem, theta, differentiated=differentiated)
+    noise_dim = check_problem(problem, theta, differentiated=differentiated, thorough=check)
     vectorised = not differentiated or survives_vmap(problem, theta, noise_dim)
     y0 = problem.initial({})
     weights = source.weights(first_path, n_paths, dtype=torch.float64, device=y0.device)
@@ -477,9 +481,10 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
             f"the weights of paths {first_path} ... {first_path + n_paths - 1} sum to {float(weights.sum())!r}, not 1: a "
             "weighted sum needs all its paths in one run."
         )
-    tangents = 1 + (sum(v.numel() for v in theta.values()) if method == "forward" else 0)
-    compiled = wanted(compile, n_paths * problem.n_steps * (3 if bias else 1), tangents) and vectorised
-    group, tile = _sizes(problem, tangents, y0, noise_dim, first_path + n_paths, source.unit, weighted, compiled)
+    compiled = wanted(compile, n_paths * problem.n_steps, tangents(method, theta)) and vectorised
+    group, tile = _sizes(
+        problem, tangents(method, theta), y0, noise_dim, first_path + n_paths, source.unit, weighted, compiled
+    )
     if tile_paths is not None:
         tile = max(tile_paths // (ROW * group), 1) * ROW * group
         tile = tile if tile < BLOCK else tile // BLOCK * BLOCK
@@ -490,9 +495,14 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
     )  # fmt: skip
 
 
-def _sizes(problem, tangents, y0, noise_dim, end, unit, weighted, compiled) -> tuple[int, int]:
+def tangents(method: str, theta: Theta) -> int:
+    """How many states' worth of numbers a path carries: the tangents of the forward method count."""
+    return 1 + (sum(v.numel() for v in theta.values()) if method == "forward" else 0)
+
+
+def _sizes(problem, copies, y0, noise_dim, end, unit, weighted, compiled) -> tuple[int, int]:
     """Paths a group and paths a tile, from the sizes of state, noise, outputs and tangents."""
-    kept = y0.numel() * tangents * len(problem.outputs) * y0.element_size()
+    kept = y0.numel() * copies * len(problem.outputs) * y0.element_size()
     cached = (KERNEL_NUMBERS if compiled else TILE_NUMBERS) // max(y0.numel(), noise_dim)
     most = max(min(cached, TILE_OUTPUT_BYTES // kept, end if compiled else BLOCK), 1)
     group = GROUP if end >= BLOCK else max(end // 50, 1)  # a small first run still gets 50 groups

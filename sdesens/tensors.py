@@ -33,7 +33,7 @@ def _jvp_by_transposes(function, primals: tuple, tangents: tuple):
     def transposed(bars):
         return torch.func.vjp(function, *primals)[1](bars)
 
-    _, push = torch.func.vjp(transposed, tree_map(torch.zeros_like, out))
+    push = torch.func.vjp(transposed, tree_map(torch.zeros_like, out))[1]
     return out, push(tangents)[0]
 
 

@@ -128,7 +128,9 @@ def step(dynamics: Dynamics, n: int | Tensor, y: Tensor, z: Tensor) -> Tensor:
     return euler.step(dynamics.sde, dynamics.p, t, dt, y, z * dynamics.dt.sqrt().to(y.dtype))
 
 
-def taken(dynamics: Dynamics, start: Tensor, k: int, y: Tensor, z: Tensor, begin: Tensor, active: Tensor) -> Tensor:
+def taken(
+    dynamics: Dynamics, start: int | Tensor, k: int, y: Tensor, z: Tensor, begin: Tensor, active: Tensor
+) -> Tensor:
     """Step k of a stretch that has `active` of them; y itself from there on.
 
     A compiled kernel has a fixed number of steps, a grid any. The coefficients of a step that is not taken are evaluated

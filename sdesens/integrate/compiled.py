@@ -32,7 +32,7 @@ from sdesens.sde import RESERVED, SDE, Params
 
 # Inductor inlines an expression into each of its uses unless it has more operations than this; at its default of 30 the
 # generator and its transform took 14 to 30 s to compile, at 12 they take 5, for the same speed.
-OPTIONS = {"realize_opcount_threshold": 12}
+OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 12}
 
 
 COMPILE = ("auto", True, False)
@@ -76,8 +76,11 @@ class Clock(NamedTuple):
     @classmethod
     def of(cls, t0: float, t1: float | Tensor, n_steps: int, device: torch.device) -> "Clock":
         """From numbers."""
-        t0, n_steps = (torch.full((), x, dtype=torch.float64, device=device) for x in (t0, float(n_steps)))
-        return cls(t0, t1 if isinstance(t1, Tensor) else torch.full_like(t0, t1), n_steps)
+        begin, end, steps = (
+            x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device)
+            for x in (t0, t1, float(n_steps))
+        )
+        return cls(begin, end, steps)
 
     @property
     def dt(self) -> Tensor:
@@ -228,9 +231,10 @@ class Flow:
         if form is None:
             z = self.driver.normals(chunk, count, y)
             z = torch.cat((z, z[:, -1:].expand(-1, rows - count, -1)), 1)
-            key, draw = [*z.unbind(), *[torch.zeros_like(z[0])] * (self.length - chunk.count)], handed_in
+            key: Any = [*z.unbind(), *[torch.zeros_like(z[0])] * (self.length - chunk.count)]
+            draw: Callable = handed_in
         else:
-            draw, key = form
+            draw, key = form.draw, form.key
         about = (function, tuple(theta), tuple(static.items()))
         if about not in self._launched:
             rest = {k: v for k, v in p.items() if k not in theta}
@@ -267,10 +271,12 @@ class Kernel:
     def __call__(self, sde, rest, theta, clock, where, noise, *args):
         if self.coefficients in _REFUSED:
             return self.plain(sde, rest, theta, clock, where, noise, *args)
-        if not self.called:  # the axis of paths comes first in every argument, and another run has another number
+        if not self.called:  # another run has another number of paths, or of groups of them
+            size = args[0].shape[0]
             for x in tree_leaves((noise if isinstance(noise, list) else [], args)):
-                if x.shape[0] > 1:
-                    torch._dynamo.maybe_mark_dynamic(x, 0)
+                for axis in range(x.dim()):
+                    if x.shape[axis] == size > 1:
+                        torch._dynamo.maybe_mark_dynamic(x, axis)
         try:
             if self.called:
                 return self.fast(sde, rest, theta, clock, where, noise, *args)
@@ -303,10 +309,14 @@ def kernel(
     """The compiled form of a kernel function for this kind of SDE, parameters and state; made once."""
     shapes = tuple((k, v.shape, v.dtype) for k, v in p.items())
     coefficients = (_identity(sde.drift), _identity(sde.diffusion), sde.noise_type)
-    state = (y.shape[1:], y.dtype, y.device, torch.is_grad_enabled())
+    state = (y.shape[1:], y.dtype, y.device, y.requires_grad, torch.is_grad_enabled())
     key = (function, coefficients, shapes, numbers, state, tuple(static.items()))
     found = _KERNELS.get(key)
-    return _KERNELS.setdefault(key, Kernel(function, static, (function, *coefficients), numbers)) if found is None else found
+    return (
+        _KERNELS.setdefault(key, Kernel(function, static, (function, *coefficients), numbers))
+        if found is None
+        else found
+    )
 
 
 def _identity(function: Callable) -> Any:

@@ -75,7 +75,7 @@ def cos_sin(s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _polynomial(z: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-    value = coefficients[-1]
-    for c in coefficients[-2::-1]:
+    value = coefficients[-2] + z * coefficients[-1]
+    for c in coefficients[-3::-1]:
         value = c + z * value
     return value

@@ -19,13 +19,15 @@ W0, W1 = 0x9E3779B9, 0xBB67AE85
 MASK = 0xFFFFFFFF
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int | Tensor, int | Tensor]
+) -> tuple[Tensor, ...]:
     """Four 32-bit words from a 128-bit counter and a 64-bit key, equation (1).
 
     Parameters
     ----------
     counter : four int64 tensors of shapes that broadcast, each read modulo 2^32
-    key : two integers, each read modulo 2^32
+    key : two integers or 0-dim int64 tensors, each read modulo 2^32
 
     Returns
     -------

@@ -119,7 +119,7 @@ def retreat_kernel(
         def move(th: Theta, x: Tensor, z: Tensor, n: Tensor = n) -> Tensor:
             return increment(clock.at(th).dynamics(sde, merged(rest, th)), n, x, z, corrected)
 
-        M, pull_back = vjp(vmap(move), copies, x, z[k])
+        M, pull_back = vjp(vmap(move), copies, x, z[k])[:2]
         theta_bar, x_bar, _ = pull_back(A)
         totals = {
             name: total + torch.where(live, theta_bar[name], 0.0) if name in theta_bar else total

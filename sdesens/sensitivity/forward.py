@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, jacrev, vmap
+from torch.nn.functional import pad
 
 from sdesens.integrate.chunk import Chunk, advance, steps
 from sdesens.integrate.compiled import Clock, Stretch, merged, normals
@@ -147,17 +148,18 @@ def _by_kernels(tile: Tile, theta: dict[str, Tensor], strategy: str) -> Contribu
     names = [*(k for k in theta if k != "y0"), *(k for k in theta if k == "y0")]
     ordered = {k: theta[k] for k in names}  # a kernel knows nothing of y0: its columns come last
     flow, y = tile.flow(theta), tile.start(theta)
-    S = _paths_inside(_tangents_at_start(tile, ordered, y))
+    S = _tangents_at_start(tile, ordered, y)
     ys, tangents = [y] * len(tile.problem.outputs), [S] * len(tile.problem.outputs)
+    stored = S.permute(2, 1, 0).contiguous()  # paths inside, which is how a fused loop runs over them
     for chunk in tile.chunks:
         every = chunk.marks != (chunk.count,)
         states, moved = flow.launch(
-            tangent_kernel, ordered, chunk, y, S, rows=tile.count, count=tile.count, every=every, strategy=strategy
+            tangent_kernel, ordered, chunk, y, stored, rows=tile.count, count=tile.count, every=every, strategy=strategy
         )
         for mark, output in chunk.outputs:
             k = chunk.marks[mark] - 1 if every else 0
-            ys[output], tangents[output] = states[k], moved[k]
-        y, S = states[-1], moved[-1]
+            ys[output], tangents[output] = states[k], moved[k].permute(2, 1, 0)
+        y, stored = states[-1], moved[-1]
     done = _weighed(tile, ordered, torch.stack(ys), tangents)
     return Contributions(done.values, {k: done.gradients[k] for k in theta})
 
@@ -169,7 +171,7 @@ def tangent_kernel(
     clock: Clock,
     at: Stretch,
     y: Tensor,
-    S: Tensor,
+    stored: Tensor,
     *,
     draw: Draw,
     dim: int,
@@ -177,9 +179,10 @@ def tangent_kernel(
     every: bool,
     strategy: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """States y (B, *event) and tangents S (B, d, P) after each step of a chunk, or after the last alone."""
+    """States y (B, *event) and tangents, stored as (P, d, B), after each step of a chunk, or after the last alone."""
     z = normals(draw, at, y.shape[:1], length, dim, y)
-    B, d, P = S.shape
+    P, d, B = stored.shape
+    S = stored.permute(2, 1, 0)
 
     def run(th: Theta, x: Tensor, *z: Tensor) -> tuple[Tensor, ...]:
         states = steps(clock.at(th).dynamics(sde, merged(rest, th)), at.start, x, z, at.active)
@@ -188,13 +191,13 @@ def tangent_kernel(
     if strategy == "directions":
         own = basis(theta)
         units = own + [{k: torch.zeros_like(v) for k, v in theta.items()}] * (P - len(own))
-        directions = zip(units, S.unbind(-1), strict=True)
+        directions = zip(units, stored, strict=True)
         pairs = [
-            jvp(lambda th, x: run(th, x, *z), (theta, y), (u, column.reshape(y.shape))) for u, column in directions
+            jvp(lambda th, x: run(th, x, *z), (theta, y), (u, column.T.reshape(y.shape))) for u, column in directions
         ]
         states, results = pairs[0][0], [moved for _, moved in pairs]
         columns = zip(*results, strict=True)
-        return list(states), [_paths_inside(torch.stack([c.reshape(B, d) for c in row], -1)) for row in columns]
+        return list(states), [torch.stack([c.reshape(B, d).T for c in row]) for row in columns]
 
     def one(th: Theta, x: Tensor, *z: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         states = tuple(state[0] for state in run(th, x[None], *(normal[None] for normal in z)))
@@ -205,19 +208,14 @@ def tangent_kernel(
     tangents = []
     for by_theta, by_y in jacobians:
         moved = _product(by_y.reshape(B, d, d), S)
-        own = _flatten(by_theta, B, d).to(y.dtype)
-        tangents.append(_paths_inside(moved + torch.nn.functional.pad(own, (0, P - own.shape[-1]))))
+        driven = _flatten(by_theta, B, d).to(y.dtype)  # y0 drives nothing
+        tangents.append((moved + pad(driven, (0, P - driven.shape[-1]))).permute(2, 1, 0).contiguous())
     return list(states), tangents
 
 
 def _product(J: Tensor, S: Tensor) -> Tensor:
     """J (B, d, d) times S (B, d, P): written out where a batched product of small matrices would be a slow kernel."""
     return J * S if J.shape[-1] == 1 else (J[..., None] * S[:, None]).sum(2) if J.shape[-1] <= 4 else J @ S
-
-
-def _paths_inside(S: Tensor) -> Tensor:
-    """S (B, d, P) with neighbouring paths next to each other in memory, which is how a fused loop runs over them."""
-    return S.permute(2, 1, 0).contiguous().permute(2, 1, 0)
 
 
 def _flatten(tree: Tangents, *lead: int) -> Tensor:

@@ -187,6 +187,6 @@ def pullback_kernel(
         states = steps(clock.at(th).dynamics(sde, merged(rest, th)), at.start, y, z, at.active)
         return states if every else states[-1:]
 
-    _, pull_back = vjp(vmap(run), copies, y, *z)
+    pull_back = vjp(vmap(run), copies, y, *z)[1]
     theta_bar, y_bar, *_ = pull_back(bars)
     return y_bar, {k: total + theta_bar[k] if k in theta_bar else total for k, total in totals.items()}

@@ -48,10 +48,11 @@ def noise_source(problem: Problem, seed: int | None, noise: Noise | None) -> Noi
     return source
 
 
-def check_problem(problem: Problem, theta: Theta, *, differentiated: bool = True) -> int:
+def check_problem(problem: Problem, theta: Theta, *, differentiated: bool = True, thorough: bool = True) -> int:
     """Run every cheap check on a problem; returns the noise dimension.
 
-    `differentiated` says whether autograd is to go through the functional; central differences do not need it.
+    `differentiated` says whether autograd is to go through the functional; central differences do not need it. Unless
+    `thorough`, only the coefficients' shapes are looked at.
 
     Raises
     ------
@@ -67,6 +68,8 @@ def check_problem(problem: Problem, theta: Theta, *, differentiated: bool = True
     batch = y0.expand(PROBE_PATHS, *y0.shape)
     with torch.no_grad():
         noise_dim = check_shapes(sde, p, torch.tensor(problem.t0, dtype=y0.dtype, device=y0.device), batch)
+    if not thorough:
+        return noise_dim
     check_sde(sde, p, problem.t0, dt, y0, noise_dim, 0)
     _check_functional(problem, theta, noise_dim, differentiated)
     if differentiated:
