@@ -9,12 +9,13 @@ Euler-Maruyama steps on the same number of paths, and each makes its own normals
 - diffrax carries all paths as one state, which is several times faster than `vmap` over them, and `UnsafeBrownianPath`,
   its fastest noise. That cannot be differentiated in reverse: the gradient in reverse takes `VirtualBrownianTree` with
   `DirectAdjoint`, and the one in forward mode, good for two parameters, keeps the fast noise.
-- numba loops over paths in parallel, in double precision; its gradient is a tangent derived by hand.
+- numba loops over paths in parallel, in double precision whatever the dtype; its gradient is a tangent derived by hand.
 - The torch loop is what one writes by hand: in place without gradients, plain autograd with them.
 """
 
 import inspect
 import math
+import os
 
 import numpy as np
 import torch
@@ -99,7 +100,9 @@ def loop(problem, paths):
         for n in range(steps):
             g = sde.diffusion(n * dt, y, p)
             dW = torch.randn(paths, g.shape[-1], dtype=y.dtype).mul_(math.sqrt(dt))
-            noise = g * dW if sde.noise_type == "diagonal" else dW @ g.T if g.dim() == 2 else (g @ dW[:, :, None])[..., 0]
+            noise = (
+                g * dW if sde.noise_type == "diagonal" else dW @ g.T if g.dim() == 2 else (g @ dW[:, :, None])[..., 0]
+            )
             y = y + sde.drift(n * dt, y, p) * dt + noise
         return problem.functional(y[None], p).mean()
 
@@ -218,6 +221,7 @@ def gbm_diffrax(problem, paths):
 
 
 def gbm_numba(problem, paths):
+    os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")  # its OpenMP layer sets the threads of torch's too
     import numba
 
     mu, sigma = (float(v) for v in problem.sde.params.values())
@@ -227,9 +231,9 @@ def gbm_numba(problem, paths):
     def forward(mu, sigma, paths, steps):
         dt = 1 / steps
         total = 0.0
-        for _ in numba.prange(paths):
+        for _path in numba.prange(paths):
             y = 1.0
-            for _ in range(steps):
+            for _step in range(steps):
                 y += y * (mu * dt + sigma * math.sqrt(dt) * np.random.standard_normal())  # noqa: NPY002
             total += y
         return total / paths
@@ -238,9 +242,9 @@ def gbm_numba(problem, paths):
     def gradient(mu, sigma, paths, steps):
         dt = 1 / steps
         by_mu, by_sigma = 0.0, 0.0
-        for _ in numba.prange(paths):
+        for _path in numba.prange(paths):
             y, a, b = 1.0, 0.0, 0.0
-            for _ in range(steps):
+            for _step in range(steps):
                 dW = math.sqrt(dt) * np.random.standard_normal()  # noqa: NPY002
                 growth = 1 + mu * dt + sigma * dW
                 a = a * growth + y * dt
