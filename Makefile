@@ -20,7 +20,8 @@ lint: $(READY)
 bars: $(READY)  ## the accuracy claims of docs/accuracy.md at full size (minutes)
 	$(BIN)/python benchmarks/bars.py
 
-bench: $(READY)  ## speed beside torchsde
+bench: $(READY)  ## speed beside torchsde, diffrax, jax, numba and hand-written loops (half an hour)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,bench]'
 	$(BIN)/python benchmarks/speed.py
 
 $(READY): pyproject.toml constraints.txt

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import peers
 import torch
+import torchsde
 from torch import nn
 
 import sdesens as ss
@@ -81,8 +82,8 @@ def short(dtype):
 def gbm(dtype, small):
     paths, steps = 100_000 // small, 128
     problem = gbm_problem(dtype, steps)
-    torchsde = functools.partial(peers.torchsde, adjoint=True)
-    makers = (peers.sdesens, torchsde, peers.gbm_scan, peers.gbm_diffrax, peers.gbm_numba, peers.gbm_loop)
+    both = functools.partial(peers.torchsde, adjoint=True)
+    makers = (peers.sdesens, both, peers.gbm_scan, peers.gbm_diffrax, peers.gbm_numba, peers.gbm_loop)
     bars = {torch.float32: (100, 4, 4, 45, 200, 3.5), torch.float64: (25, 5, 12, 12, 70, 4.5)}[dtype]
     names = ("torchsde", "jax scan", "torch loop", "torchsde backprop", "torchsde adjoint", "jax scan")
     works = ("forward",) * 3 + ("gradient",) * 3
@@ -217,8 +218,8 @@ class Neural(nn.Module):
         return torch.sigmoid(self.diffusion(y))
 
 
-def neural(batch, torchsde_least, loop_least):
-    steps, dt, d = 100, 0.01, 8
+def neural(batch, torchsde_least=0.0, loop_least=0.0, steps=100):
+    dt, d = 1 / steps, 8
     torch.manual_seed(1)
     origin = Neural(d)
     y0, ts = torch.zeros(batch, d), torch.tensor([0.0, 1.0])
@@ -227,8 +228,6 @@ def neural(batch, torchsde_least, loop_least):
         return ss.sdeint(module, y0, (0.0, 1.0), n_steps=steps, seed=k, check=False, compile=True)[-1]
 
     def theirs(module, k):
-        import torchsde
-
         return torchsde.sdeint(module, y0, ts, method="euler", dt=dt)[-1]
 
     def loop(module, k):
@@ -257,25 +256,16 @@ def neural(batch, torchsde_least, loop_least):
 
     makers = {"sdesens": ours, "torchsde": theirs, "torch loop": loop}
     return Case(
-        f"neural-{batch}",
+        f"neural-{batch}-{steps}",
         f"Neural SDE, one step of training with Adam, batch {batch}, float32",
         batch,
         steps,
-        {
-            ("training", who): None if who == "torchsde" and not installed("torchsde") else training(solve)
-            for who, solve in makers.items()
-        },
-        [faster(torchsde_least, "torchsde", "training"), faster(loop_least, "torch loop", "training")],
+        {("training", who): training(solve) for who, solve in makers.items()},
+        [faster(torchsde_least, "torchsde", "training"), faster(loop_least, "torch loop", "training")]
+        if loop_least
+        else [],
         {"training": batches(training(loop, rate=0.0)).std(0) * batch**0.5},
     )
-
-
-def installed(name):
-    try:
-        __import__(name)
-    except ImportError:
-        return False
-    return True
 
 
 def normals(dtype, small):
@@ -310,6 +300,7 @@ def all_cases(small):
     cases["ou-general"] = functools.partial(ou, "general", small, 4, 3)
     cases["neural-256"] = functools.partial(neural, max(256 // small, 32), 20, 1.0)
     cases["neural-4096"] = functools.partial(neural, 4096 // small, 5, 0.9)
+    cases["neural-256-128"] = functools.partial(neural, max(256 // small, 32), steps=128)  # a dt exact in float32
     for dtype in (torch.float32, torch.float64):
         cases[f"normals-{short(dtype)}"] = functools.partial(normals, dtype, small)
     for paths in (100, 1000, 10_000, 100_000, 1_000_000):
