@@ -125,9 +125,13 @@ def noise_product(sde: SDE, g: Tensor, dW: Tensor) -> Tensor:
     """sum_j s_j dW^j from a diffusion g (shapes in the module docstring) and increments dW (B, m): (B, *event)."""
     if sde.noise_type == "diagonal":
         return g * dW.reshape(g.shape)
-    if g.dim() == 2:  # additive noise with one matrix for every path
+    if g.dim() == 3 and len(g) > 1 and g.stride(0) == 0:  # one matrix, expanded
+        g = g[0]
+    if g.dim() == 2:  # one matrix for every path
         return dW @ g.mT
-    return (g @ dW.unsqueeze(-1)).squeeze(-1) if g.shape[-1] > 1 else g.squeeze(-1) * dW
+    if g.shape[-1] <= 4:  # a batched product of small matrices is slow, and does not fuse
+        return sum(g[..., j] * dW[..., j, None] for j in range(1, g.shape[-1])) + g[..., 0] * dW[..., 0, None]
+    return (g @ dW.unsqueeze(-1)).squeeze(-1)
 
 
 def as_sde(module) -> SDE:
