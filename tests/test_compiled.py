@@ -6,6 +6,7 @@ their size, and that is what is asked, with a factor of ten to spare.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -20,6 +21,9 @@ from sdesens.integrate.compiled import LEAST, REPAYS, Kernel, kernel_length, wan
 from sdesens.noise import Antithetic, Coarsened, GivenNoise, Philox, elementary
 from sdesens.noise.source import fused
 
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
+)
 F64, CPU = torch.float64, torch.device("cpu")
 CLOSE = {"rtol": 1e-11, "atol": 1e-12}
 
