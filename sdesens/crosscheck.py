@@ -163,6 +163,7 @@ def crosscheck(
     answers : mapping of str to Answer, optional
         Known answers by label. For an answer of the SDE, the bias of the grid is estimated and taken into account.
     progress : bool, optional
+        As in `sensitivity`.
     compile : {"auto", True, False}
         As in `sensitivity`. The seconds in the table are those of computing, a first run on few paths having compiled.
 

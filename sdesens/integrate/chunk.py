@@ -108,37 +108,21 @@ def steps(
     z : tensors of shape (B, m), one a step
         Standard normals; dW = sqrt(dt) z.
     active : 0-dim int64 tensor, optional
-        Steps beyond so many are not taken, see `taken`.
+        Steps beyond so many are not taken: the state stays as it is. A compiled kernel has a fixed number of steps, a grid
+        any. The coefficients of a step that is not taken are evaluated where the stretch began, a point known to be sound:
+        what is thrown away must hold no NaN that a derivative could pick up.
     """
+    dt, root = dynamics.dt.to(y.dtype), dynamics.dt.sqrt().to(y.dtype)
     states, x = [], y
     for k, normals in enumerate(z):
-        x = (
-            step(dynamics, start + k, x, normals)
-            if active is None
-            else taken(dynamics, start, k, x, normals, y, active)
-        )
+        n, at, live = start + k, x, None if active is None else k < active
+        if live is not None:
+            n, at = torch.where(live, n, start), torch.where(live, x, y)
+        t = (dynamics.t0 + n * dynamics.dt).to(y.dtype)
+        moved = euler.step(dynamics.sde, dynamics.p, t, dt, at, normals * root)
+        x = moved if live is None else torch.where(live, moved, x)
         states.append(x)
     return states
-
-
-def step(dynamics: Dynamics, n: int | Tensor, y: Tensor, z: Tensor) -> Tensor:
-    """The step from grid index n, with normals z (B, m)."""
-    dt = dynamics.dt.to(y.dtype)
-    t = (dynamics.t0 + n * dynamics.dt).to(y.dtype)
-    return euler.step(dynamics.sde, dynamics.p, t, dt, y, z * dynamics.dt.sqrt().to(y.dtype))
-
-
-def taken(
-    dynamics: Dynamics, start: int | Tensor, k: int, y: Tensor, z: Tensor, begin: Tensor, active: Tensor
-) -> Tensor:
-    """Step k of a stretch that has `active` of them; y itself from there on.
-
-    A compiled kernel has a fixed number of steps, a grid any. The coefficients of a step that is not taken are evaluated
-    where the stretch began, a point known to be sound: what is thrown away must hold no NaN that a derivative could pick up.
-    """
-    live = k < active
-    moved = step(dynamics, torch.where(live, start + k, start), torch.where(live, y, begin), z)
-    return torch.where(live, moved, y)
 
 
 def advance(dynamics: Dynamics, chunk: Chunk, y: Tensor, z: Tensor) -> list[Tensor]:

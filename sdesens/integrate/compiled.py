@@ -11,13 +11,12 @@ runs as the plain function that it is, with one warning. The numbers are the sam
 This file knows nothing of gradients: a method brings its own kernel function.
 """
 
-import functools
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -33,7 +32,6 @@ from sdesens.sde import RESERVED, SDE, Params
 # Inductor inlines an expression into each of its uses unless it has more operations than this; at its default of 30 the
 # generator and its transform took 14 to 30 s to compile, at 12 they take 5, for the same speed.
 OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 12}
-
 
 COMPILE = ("auto", True, False)
 SMALL = 40_000  # normals a kernel, at least, where a batch alone is smaller
@@ -59,7 +57,7 @@ def wanted(compile: bool | str, path_steps: int, tangents: int = 1) -> bool:
     return large
 
 
-@functools.cache
+@cache
 def _say_once() -> None:
     print(
         "sdesens: compiling the steps of large runs, a few seconds each kind; compile=False does not.", file=sys.stderr
@@ -176,7 +174,7 @@ class Flow:
     length: int = 0
     _launched: dict = field(default_factory=dict, init=False)
 
-    @property
+    @cached_property
     def dynamics(self) -> Dynamics:
         """The SDE on its grid."""
         return self.clock.dynamics(self.sde, self.p)
