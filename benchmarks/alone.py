@@ -57,11 +57,11 @@ def main(what, *arguments):
     paths, steps = map(int, arguments)
     import torch  # noqa: F401
 
-    import sdesens.integrate.compiled
+    import sdesens.integrate.kernel
 
     imports = time.perf_counter() - began
     first, second = (gradient("sdesens", paths, steps, "auto" if what == "auto" else True)["seconds"] for _ in range(2))
-    kernels = len(sdesens.integrate.compiled._KERNELS)
+    kernels = len(sdesens.integrate.kernel._KERNELS)
     return {"imports": imports, "first": first, "second": second, "kernels": kernels}
 
 

@@ -16,10 +16,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sdesens.blocks import BLOCK, tangents
 from sdesens.errors import ArgumentError, NonFiniteError
 from sdesens.integrate.compiled import wanted
 from sdesens.memory import PeakMemory
-from sdesens.montecarlo import BLOCK, Sensitivity, sensitivity, tangents
+from sdesens.montecarlo import Sensitivity, sensitivity
 from sdesens.problem import Problem, Theta
 from sdesens.refinement import Refinement
 from sdesens.refinement import refine as run_refinement

@@ -18,10 +18,11 @@ MAY_IMPORT = {
     "integrate": {"errors", "tensors", "noise", "sde", "rewrite", "problem"},
     "sensitivity": {"errors", "tensors", "noise", "sde", "rewrite", "problem", "integrate"},
     "estimate": {"errors", "tensors"},
-    "montecarlo": {"errors", "tensors", "noise", "sde", "problem", "integrate", "sensitivity", "estimate"},
+    "blocks": {"errors", "tensors", "noise", "sde", "problem", "integrate", "sensitivity", "estimate"},
     "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals"},
 }
 MAY_IMPORT["memory"] = set()
+MAY_IMPORT["montecarlo"] = MAY_IMPORT["blocks"] | {"blocks"}
 MAY_IMPORT["refinement"] = MAY_IMPORT["montecarlo"]
 MAY_IMPORT["verdict"] = MAY_IMPORT["montecarlo"] | {"montecarlo", "refinement"}
 MAY_IMPORT["crosscheck"] = MAY_IMPORT["verdict"] | {"verdict", "memory"}

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from torch._dynamo.utils import counters
 
 import sdesens as ss
 from sdesens.errors import ArgumentError, SlowPathWarning
-from sdesens.integrate.compiled import LEAST, REPAYS, Kernel, kernel_length, wanted
+from sdesens.integrate.compiled import LEAST, REPAYS, kernel_length, wanted
+from sdesens.integrate.kernel import Kernel
 from sdesens.noise import Antithetic, Coarsened, GivenNoise, Philox, elementary
 from sdesens.noise.source import fused
 
@@ -110,6 +112,34 @@ def compare(question: ss.Problem, **how) -> ss.Sensitivity:
 def test_methods_agree_with_their_plain_selves(method):
     """10,450 paths: a full block, then two groups of 200, then an odd group of 50."""
     compare(problem(), n_paths=10_450, method=method, wrt=ALL, seed=3)
+
+
+@pytest.mark.parametrize("method", ["pathwise", "forward", "adjoint"])
+def test_states_inside_a_kernel_have_their_derivatives(method):
+    """Coefficients without the time, outputs at steps 2, 3, 5: torch once compiled wrong tangents of all but a chunk's end."""
+    sde = ss.SDE(lambda t, y, p: p["mu"] * y, diffusion, problem().sde.params)
+    outputs = ss.Problem(
+        sde, lambda ys, p: ys[1:, :, 0].mean(0), torch.ones(1, dtype=F64), (0.0, 0.2, 0.3, 0.5, 1.0), 10
+    )
+    compare(outputs, n_paths=600, method=method, seed=3)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_kernel_that_computes_something_else_is_not_used(wrong):
+    """Compared at the first call with the function it was made of; the same kernel, unspoilt, raises no warning."""
+
+    def double(sde, rest, theta, clock, at, y, *, draw, dim, length):
+        return 2 * y, y.new_zeros(3)
+
+    tried = Kernel(double, {"draw": None, "dim": 1, "length": 4}, (double, wrong), frozenset())
+    tried.fast = (lambda *a: (2.01 * a[6], a[6].new_zeros(3))) if wrong else tried.plain
+    one = torch.ones(5, 1, dtype=F64)
+    arguments = (None, {}, {}, torch.zeros(3), torch.zeros(4, dtype=torch.int64), None, one)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert torch.equal(tried(*arguments)[0], 2 * one)
+    assert [w.category for w in caught] == [SlowPathWarning] * wrong
 
 
 def test_the_adjoint_agrees_with_its_plain_self():

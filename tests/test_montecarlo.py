@@ -16,8 +16,9 @@ from measure import peak_megabytes
 from problems import F64, GBM, NOISE_DIM, OU, by_path, gauss_hermite, plain_paths, smooth, wrt_all
 
 from sdesens import Antithetic, GivenNoise, Philox, merge, sensitivity, to_ito, to_stratonovich
+from sdesens.blocks import BLOCK, GROUP, ROW, _tiles
 from sdesens.errors import ArgumentError, ArgumentTypeError
-from sdesens.montecarlo import BLOCK, GROUP, ROW, Sensitivity, _tiles
+from sdesens.montecarlo import Sensitivity
 
 
 class Shuffled(Executor):

@@ -5,33 +5,25 @@ the noise, the first path, the first step, the number of steps to take, the time
 number of paths is dynamic. What is left, the coefficients, the shapes of states and parameters and their dtype, makes one
 kernel each, kept for the life of the process.
 
-A kernel that cannot be compiled, for want of a C++ compiler or because a coefficient does what torch.compile cannot trace,
-runs as the plain function that it is, with one warning. The numbers are the same to rounding.
-
 This file knows nothing of gradients: a method brings its own kernel function.
 """
 
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.nn.functional import pad
 
-from sdesens.errors import ArgumentError, SlowPathWarning
+from sdesens.errors import ArgumentError
 from sdesens.integrate.chunk import Chunk, Driver, Dynamics, advance, chunk_length, plan, steps
+from sdesens.integrate.kernel import Clock, Shortcut, Stretch, kernel, tensors_of
 from sdesens.noise.source import Draw, Fused, fused
 from sdesens.sde import RESERVED, SDE, Params
-
-# Inductor inlines an expression into each of its uses unless it has more operations than this; at its default of 30 the
-# generator and its transform took 14 to 30 s to compile, at 12 they take 5, for the same speed.
-OPTIONS: dict[str, Any] = {"realize_opcount_threshold": 12}
 
 COMPILE = ("auto", True, False)
 SMALL = 40_000  # normals a kernel, at least, where a batch alone is smaller
@@ -62,49 +54,6 @@ def _say_once() -> None:
     print(
         "sdesens: compiling the steps of large runs, a few seconds each kind; compile=False does not.", file=sys.stderr
     )
-
-
-class Clock(NamedTuple):
-    """A grid as 0-dim float64 tensors: t_n = t0 + n (t1 - t0) / n_steps."""
-
-    t0: Tensor
-    t1: Tensor
-    n_steps: Tensor
-
-    @classmethod
-    def of(cls, t0: float, t1: float | Tensor, n_steps: int, device: torch.device) -> "Clock":
-        """From numbers."""
-        begin, end, steps = (
-            x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device)
-            for x in (t0, t1, float(n_steps))
-        )
-        return cls(begin, end, steps)
-
-    @property
-    def dt(self) -> Tensor:
-        """One step."""
-        return (self.t1 - self.t0) / self.n_steps
-
-    def at(self, theta: Params) -> "Clock":
-        """This grid with the horizon of theta, if it has one."""
-        return self._replace(t1=theta.get("t1", self.t1))
-
-    def dynamics(self, sde: SDE, p: Params) -> Dynamics:
-        """The SDE on this grid."""
-        return Dynamics(sde, p, self.t0, self.dt)
-
-
-class Stretch(NamedTuple):
-    """Where a kernel works, as 0-dim int64 tensors: paths `first ... last`, `active` steps from `start`; and its noise.
-
-    Paths beyond `last` are copies of it, to fill a batch up to its size.
-    """
-
-    noise: Any  # the key of noise made inside the kernel, or the normals (B, m) of each step, made outside
-    first: Tensor
-    last: Tensor
-    start: Tensor
-    active: Tensor
 
 
 def kernel_length(noise_dim: int, rows: int | None = None) -> int:
@@ -173,6 +122,7 @@ class Flow:
     driver: Driver
     length: int = 0
     _launched: dict = field(default_factory=dict, init=False)
+    _shortcuts: dict = field(default_factory=dict, init=False)
 
     @cached_property
     def dynamics(self) -> Dynamics:
@@ -229,7 +179,7 @@ class Flow:
         if form is None:
             z = self.driver.normals(chunk, count, y)
             z = torch.cat((z, z[:, -1:].expand(-1, rows - count, -1)), 1)
-            key: Any = [*z.unbind(), *[torch.zeros_like(z[0])] * (self.length - chunk.count)]
+            key: Any = list(pad(z, (0, 0, 0, 0, 0, self.length - chunk.count)).unbind())
             draw: Callable = handed_in
         else:
             draw, key = form.draw, form.key
@@ -242,7 +192,16 @@ class Flow:
             go = kernel(function, self.sde, {**rest, **inside}, numbers, y, static)
             self._launched[about] = go, rest, inside
         go, rest, inside = self._launched[about]
-        return go(self.sde, rest, inside, clock, torch.tensor(where, device=y.device), key, y, *args)
+        at = torch.tensor(where, device=y.device)
+        changing = tensors_of((at, key, y, *args))
+        kind = (about, *[(x.shape, x.stride(), x.requires_grad) for x in changing])
+        if kind in self._shortcuts:
+            return self._shortcuts[kind](changing)
+        result = go(self.sde, rest, inside, clock, at, key, y, *args)
+        shortcut = Shortcut.of(changing, result)
+        if shortcut is not None:
+            self._shortcuts[kind] = shortcut
+        return result
 
     def solve(self, outputs: tuple[int, ...], y: Tensor, count: int | None = None) -> Tensor:
         """States at the grid indices `outputs`, shape (T, B, *event), from y (B, *event)."""
@@ -251,73 +210,3 @@ class Flow:
             for mark, output in chunk.outputs:
                 ys[output] = states[mark]
         return torch.stack(ys)
-
-
-class Kernel:
-    """A pure function, compiled at its first call; itself where that fails."""
-
-    def __init__(self, function: Callable, static: dict[str, Any], coefficients: tuple, numbers: frozenset[str]):
-        def run(sde, rest, theta, clock, where, noise, *args):
-            rest, theta = ({k: v[0] if k in numbers else v for k, v in part.items()} for part in (rest, theta))
-            return function(sde, rest, theta, Clock(*clock.unbind()), Stretch(noise, *where.unbind()), *args, **static)
-
-        self.plain, self.coefficients, self.called = run, coefficients, False
-        # torch.compile keeps what it compiled by code object and gives up after eight: every kernel has its own
-        own = FunctionType(run.__code__.replace(), run.__globals__, function.__name__, None, run.__closure__)
-        self.fast = torch.compile(own, fullgraph=True, dynamic=False, options=OPTIONS)
-
-    def __call__(self, sde, rest, theta, clock, where, noise, *args):
-        if self.coefficients in _REFUSED:
-            return self.plain(sde, rest, theta, clock, where, noise, *args)
-        if not self.called:  # another run has another number of paths, or of groups of them
-            size = args[0].shape[0]
-            for x in tree_leaves((noise if isinstance(noise, list) else [], args)):
-                for axis in range(x.dim()):
-                    if x.shape[axis] == size > 1:
-                        torch._dynamo.maybe_mark_dynamic(x, axis)
-        try:
-            if self.called:
-                return self.fast(sde, rest, theta, clock, where, noise, *args)
-            with warnings.catch_warnings(action="ignore"):  # torch's own, about its own insides
-                result = self.fast(sde, rest, theta, clock, where, noise, *args)
-            self.called = True
-            return result
-        except Exception as error:
-            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-                raise
-            _REFUSED.add(self.coefficients)
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            warnings.warn(
-                f"torch.compile cannot make a kernel of these coefficients ({type(error).__name__}: {reason:.200}); they run "
-                "uncompiled, which is slower, with the same numbers to rounding. It needs a C++ compiler (g++ or clang++) "
-                "and coefficients without Python branches on values; compile=False asks for this without a warning.",
-                SlowPathWarning,
-                stacklevel=2,
-            )
-            return self.plain(sde, rest, theta, clock, where, noise, *args)
-
-
-_KERNELS: dict[tuple, Kernel] = {}
-_REFUSED: set[tuple] = set()  # coefficients that did not compile
-
-
-def kernel(
-    function: Callable, sde: SDE, p: Params, numbers: frozenset[str], y: Tensor, static: dict[str, Any]
-) -> Kernel:
-    """The compiled form of a kernel function for this kind of SDE, parameters and state; made once."""
-    shapes = tuple((k, v.shape, v.dtype) for k, v in p.items())
-    coefficients = (_identity(sde.drift), _identity(sde.diffusion), sde.noise_type)
-    state = (y.shape[1:], y.dtype, y.device, y.requires_grad, torch.is_grad_enabled())
-    key = (function, coefficients, shapes, numbers, state, tuple(static.items()))
-    found = _KERNELS.get(key)
-    return (
-        _KERNELS.setdefault(key, Kernel(function, static, (function, *coefficients), numbers))
-        if found is None
-        else found
-    )
-
-
-def _identity(function: Callable) -> Any:
-    """What tells coefficients apart; torch.compile itself looks after what they close over."""
-    code = getattr(function, "__code__", None)
-    return code if code is not None else (type(function), getattr(function, "method", None))

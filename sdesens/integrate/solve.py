@@ -13,7 +13,8 @@ from torch import Tensor
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, NonFiniteError, ShapeError
 from sdesens.integrate.checks import check_finite_params, check_sde, check_shapes
 from sdesens.integrate.chunk import Driver
-from sdesens.integrate.compiled import Clock, Flow, kernel_length, wanted
+from sdesens.integrate.compiled import Flow, kernel_length, wanted
+from sdesens.integrate.kernel import Clock
 from sdesens.noise import GivenNoise, Noise, Philox
 from sdesens.problem import check_state, check_times, grid_positions
 from sdesens.sde import SDE, as_sde, require_ito

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from sdesens.integrate.chunk import Dynamics
-from sdesens.integrate.compiled import Clock, Stretch, merged, normals
+from sdesens.integrate.compiled import merged, normals
+from sdesens.integrate.kernel import Clock, Stretch
 from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.rewrite import diffusion_derivative
@@ -85,8 +86,8 @@ def _by_kernel(tile, flow, theta, leaves, chunk, x, A, totals, output_at, correc
     """The same by one compiled kernel."""
     inside = range(chunk.start + 1, chunk.start + chunk.count)
     every = any(n in output_at for n in inside)
-    none = torch.zeros_like(A)
-    jumps = [output_at.get(chunk.start + k, none) for k in range(flow.length)] if every else []
+    none = A.new_zeros(flow.length, *A.shape)
+    jumps = [output_at.get(chunk.start + k, none[k]) for k in range(flow.length)] if every else []
     x, A, totals = flow.launch(
         retreat_kernel, theta, chunk, x, A, totals, jumps, rows=tile.width, count=tile.count, corrected=corrected
     )

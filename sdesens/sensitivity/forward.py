@@ -24,7 +24,8 @@ from torch.func import grad_and_value, jacrev, vmap
 from torch.nn.functional import pad
 
 from sdesens.integrate.chunk import Chunk, advance, steps
-from sdesens.integrate.compiled import Clock, Stretch, merged, normals
+from sdesens.integrate.compiled import merged, normals
+from sdesens.integrate.kernel import Clock, Stretch
 from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.sde import SDE
@@ -150,7 +151,7 @@ def _by_kernels(tile: Tile, theta: dict[str, Tensor], strategy: str) -> Contribu
     flow, y = tile.flow(theta), tile.start(theta)
     S = _tangents_at_start(tile, ordered, y)
     ys, tangents = [y] * len(tile.problem.outputs), [S] * len(tile.problem.outputs)
-    stored = S.permute(2, 1, 0).contiguous()  # paths inside, which is how a fused loop runs over them
+    stored = _paths_inside(S)
     for chunk in tile.chunks:
         every = chunk.marks != (chunk.count,)
         states, moved = flow.launch(
@@ -159,7 +160,7 @@ def _by_kernels(tile: Tile, theta: dict[str, Tensor], strategy: str) -> Contribu
         for mark, output in chunk.outputs:
             k = chunk.marks[mark] - 1 if every else 0
             ys[output], tangents[output] = states[k], moved[k].permute(2, 1, 0)
-        y, stored = states[-1], moved[-1]
+        y, stored = states[-1], moved[-1].flatten().view(stored.shape)  # axes of one have the same strides each time
     done = _weighed(tile, ordered, torch.stack(ys), tangents)
     return Contributions(done.values, {k: done.gradients[k] for k in theta})
 
@@ -199,18 +200,26 @@ def tangent_kernel(
         columns = zip(*results, strict=True)
         return list(states), [torch.stack([c.reshape(B, d).T for c in row]) for row in columns]
 
-    def one(th: Theta, x: Tensor, *z: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        states = tuple(state[0] for state in run(th, x[None], *(normal[None] for normal in z)))
-        return states, states
+    def one(th: Theta, x: Tensor, *z: Tensor) -> tuple[Tensor, Tensor]:
+        states = torch.stack(
+            [x[0] for x in run(th, x[None], *(normal[None] for normal in z))]
+        )  # of a tuple, torch 2.13
+        return states, states  # compiles wrong Jacobians, all but the last
 
     in_dims = (None, 0, *[0] * len(z))
-    jacobians, states = vmap(jacrev(one, argnums=(0, 1), has_aux=True), in_dims=in_dims)(theta, y, *z)
+    (by_theta, by_y), states = vmap(jacrev(one, argnums=(0, 1), has_aux=True), in_dims=in_dims)(theta, y, *z)
+    marks = length if every else 1
+    by_y, by_theta = by_y.reshape(B, marks, d, d), _flatten(by_theta, B, marks, d).to(y.dtype)
     tangents = []
-    for by_theta, by_y in jacobians:
-        moved = _product(by_y.reshape(B, d, d), S)
-        driven = _flatten(by_theta, B, d).to(y.dtype)  # y0 drives nothing
-        tangents.append((moved + pad(driven, (0, P - driven.shape[-1]))).permute(2, 1, 0).contiguous())
-    return list(states), tangents
+    for k in range(marks):
+        driven = pad(by_theta[:, k], (0, P - by_theta.shape[-1]))  # y0 drives nothing
+        tangents.append(_paths_inside(_product(by_y[:, k], S) + driven))
+    return [states[:, k].contiguous() for k in range(marks)], tangents
+
+
+def _paths_inside(S: Tensor) -> Tensor:
+    """S (B, d, P) as (P, d, B), which is how a fused loop runs over it."""
+    return S.permute(2, 1, 0).flatten().view(S.shape[::-1])
 
 
 def _product(J: Tensor, S: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from sdesens.integrate.chunk import Chunk, advance, steps
-from sdesens.integrate.compiled import Clock, Flow, Stretch, merged, normals
+from sdesens.integrate.compiled import Flow, merged, normals
+from sdesens.integrate.kernel import Clock, Stretch
 from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.sde import SDE
@@ -152,8 +153,8 @@ def _kernel_pullback(
     """The same by one compiled kernel."""
     every = chunk.marks != (chunk.count,)
     if every:
-        none = torch.zeros_like(y_bar)
-        bars = [none] * (flow.length - 1) + [y_bar]  # steps that are not taken pass theirs on
+        none = y_bar.new_zeros(flow.length - 1, *y_bar.shape)
+        bars = [*none.unbind(), y_bar]  # steps that are not taken pass theirs on
         for mark, output in chunk.outputs:
             bars[chunk.marks[mark] - 1] = bars[chunk.marks[mark] - 1] + ys_bar[output]
     else:
@@ -180,13 +181,24 @@ def pullback_kernel(
     every: bool,
 ) -> tuple[Tensor, Totals]:
     """`_plain_pullback` as a pure function, for y (n_groups, group, *event) and bars of its end, or of every step."""
-    z = normals(draw, at, y.shape[:2], length, dim, y)
-    copies = {k: v.expand(y.shape[0], *v.shape) for k, v in theta.items()}
+    # A parameter no larger than the state has a copy for each path: the copies' derivatives are added up over the steps
+    # inside the fused loop and summed over a group once. Larger ones have a copy for each group.
+    each = all(v.numel() <= y[0, 0].numel() for v in theta.values())
+    lead = (y.shape[0] * y.shape[1],) if each else y.shape[:2]
+
+    def flat(x: Tensor) -> Tensor:
+        return x.reshape(*lead, *x.shape[2:])
 
     def run(th: Theta, y: Tensor, *z: Tensor) -> list[Tensor]:
+        if each:
+            y, z = y[None], tuple(x[None] for x in z)
         states = steps(clock.at(th).dynamics(sde, merged(rest, th)), at.start, y, z, at.active)
-        return states if every else states[-1:]
+        return [state[0] if each else state for state in (states if every else states[-1:])]
 
-    pull_back = vjp(vmap(run), copies, y, *z)[1]
-    theta_bar, y_bar, *_ = pull_back(bars)
-    return y_bar, {k: total + theta_bar[k] if k in theta_bar else total for k, total in totals.items()}
+    z = normals(draw, at, lead, length, dim, y)
+    copies = {k: v.expand(lead[0], *v.shape) for k, v in theta.items()}
+    pull_back = vjp(vmap(run), copies, flat(y), *z)[1]
+    theta_bar, y_bar, *_ = pull_back([flat(bar) for bar in bars])
+    if each:
+        theta_bar = {k: bar.reshape(*y.shape[:2], *bar.shape[1:]).sum(1) for k, bar in theta_bar.items()}
+    return y_bar.reshape(y.shape), {k: v + theta_bar[k] if k in theta_bar else v for k, v in totals.items()}

@@ -19,7 +19,8 @@ from torch.func import vmap
 
 from sdesens.errors import NonFiniteError
 from sdesens.integrate.chunk import Chunk, Driver, Dynamics
-from sdesens.integrate.compiled import Clock, Flow, kernel_length
+from sdesens.integrate.compiled import Flow, kernel_length
+from sdesens.integrate.kernel import Clock
 from sdesens.integrate.solve import check_finite_paths
 from sdesens.noise import Held, Noise
 from sdesens.problem import Problem, Theta
