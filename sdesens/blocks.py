@@ -23,7 +23,7 @@ from sdesens.sensitivity.tile import Contributions, Tile
 BLOCK = 10_000  # paths a block; a multiple of GROUP
 GROUP = 200  # paths a group in reverse mode
 ROW = 8  # tiles are cut at multiples of so many groups, see `_tiles`
-TILE_NUMBERS = 40_000  # numbers in one state tensor of a tile: a few of them fit the second-level cache
+TILE_BYTES = 480_000  # one state tensor of a tile: a few of them fit the second-level cache
 TILE_OUTPUT_BYTES = 64 * 2**20  # states (and tangents) kept for the functional
 
 
@@ -194,7 +194,7 @@ def tangents(method: str, theta: Theta) -> int:
 def sizes(problem, copies, y0, noise_dim, end, unit, weighted, compiled) -> tuple[int, int]:
     """Paths a group and paths a tile, from the sizes of state, noise, outputs and tangents."""
     kept = y0.numel() * copies * len(problem.outputs) * y0.element_size()
-    cached = TILE_NUMBERS // max(y0.numel(), noise_dim)
+    cached = TILE_BYTES // (y0.element_size() * max(y0.numel(), noise_dim))
     most = max(min(cached, TILE_OUTPUT_BYTES // kept, end if compiled else BLOCK), 1)
     group = GROUP if end >= BLOCK else max(end // 50, 1)  # a small first run still gets 50 groups
     group = 1 if weighted else min(group, max(most // ROW, 1))
