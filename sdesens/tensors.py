@@ -47,8 +47,8 @@ def concrete(x: Tensor) -> bool:
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func is under way, even if the tensors at hand are not its own."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a transform of torch.func, or torch's forward mode, is under way, even if not on the tensors at hand."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def describe(x) -> str:

@@ -5,6 +5,7 @@ a few units in the last place, and sums over a group are taken in another order:
 their size, and that is what is asked, with a factor of ten to spare.
 """
 
+import functools
 import os
 import shutil
 import subprocess
@@ -17,9 +18,10 @@ import torch
 from torch._dynamo.utils import counters
 
 import sdesens as ss
+import sdesens.integrate.kernel as kernel_module
 from sdesens.errors import ArgumentError, SlowPathWarning
 from sdesens.integrate.compiled import LEAST, REPAYS, kernel_length, wanted
-from sdesens.integrate.kernel import Kernel
+from sdesens.integrate.kernel import Kernel, _identity, _say_once
 from sdesens.noise import Antithetic, Coarsened, GivenNoise, Philox, elementary
 from sdesens.noise.source import fused
 
@@ -131,8 +133,15 @@ def test_a_kernel_that_computes_something_else_is_not_used(wrong):
     def double(sde, rest, theta, clock, at, y, *, draw, dim, length):
         return 2 * y, y.new_zeros(3)
 
-    tried = Kernel(double, {"draw": None, "dim": 1, "length": 4}, (double, wrong), frozenset())
-    tried.fast = (lambda *a: (2.01 * a[6], a[6].new_zeros(3))) if wrong else tried.plain
+    tried = Kernel(
+        double, {"draw": None, "dim": 1, "length": 4}, (double, (Kernel, wrong), (Kernel, wrong)), frozenset()
+    )
+
+    def compiled(*a):
+        kernel_module._LAST.new = True  # as the compiler does
+        return (2.01 if wrong else 2) * a[6], a[6].new_zeros(3)
+
+    tried.fast = compiled
     one = torch.ones(5, 1, dtype=F64)
     arguments = (None, {}, {}, torch.zeros(3), torch.zeros(4, dtype=torch.int64), None, one)
     with warnings.catch_warnings(record=True) as caught:
@@ -237,16 +246,19 @@ class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.b = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+        self.level = torch.nn.Parameter(torch.tensor(0.1, dtype=F64))
 
     def f(self, t, y):
         return self.b(y)
 
     def g(self, t, y):
-        return 0.1 + 0.1 * torch.sigmoid(y)
+        return self.level + 0.1 * torch.sigmoid(y)
 
 
-def test_a_module_trains_through_compiled_chunks():
+def test_a_module_trains_through_compiled_chunks(capsys):
+    """And compiling is announced, once."""
     torch.manual_seed(0)
+    _say_once.cache_clear()
     net, losses = Net(), []
     optimiser = torch.optim.Adam(net.parameters(), 0.02)
     y0 = torch.zeros(64, 3, dtype=F64)
@@ -262,6 +274,42 @@ def test_a_module_trains_through_compiled_chunks():
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+    assert capsys.readouterr().err.count("sdesens: compiling") == 1
+
+
+def test_what_tells_coefficients_apart():
+    """One that cannot be compiled must not keep another from it; and a number caught in a closure is part of the kernel."""
+
+    class Other(Net):
+        pass
+
+    def scaled(x):
+        return lambda t, y, p: x * y
+
+    def recursive(t, y, p):
+        return recursive
+
+    same = [ss.as_sde(Net()).drift, scaled(2.0), functools.partial(scaled, 1.0)]
+    again = [ss.as_sde(Net()).drift, scaled(2.0), functools.partial(scaled, 1.0)]
+    others = [ss.as_sde(Other()).drift, scaled(3.0), functools.partial(scaled, 2.0)]
+    for one, two, other in zip(same, again, others, strict=True):
+        assert _identity(one) == _identity(two) != _identity(other)
+    assert hash(_identity(recursive))
+
+
+def test_forward_mode_runs_uncompiled():
+    """A compiled graph would lose the tangent without a word."""
+
+    def solve(k, compile):
+        sde = ss.SDE(lambda t, y, p: -p["k"] * y, lambda t, y, p: 0.2 * y, {"k": k})
+        return ss.sdeint(sde, torch.ones(6, 1, dtype=F64), (0.0, 1.0), n_steps=8, seed=3, compile=compile)[-1].sum()
+
+    k = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    gradient = torch.autograd.grad(solve(k, False), k)[0]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(k.detach(), torch.ones((), dtype=F64))
+        tangent = torch.autograd.forward_ad.unpack_dual(solve(dual, True)).tangent
+    torch.testing.assert_close(tangent, gradient, **CLOSE)
 
 
 @torch.compiler.disable
@@ -310,14 +358,11 @@ def test_errors_of_the_coefficients_are_not_swallowed(monkeypatch):
         ss.sdeint(problem().sde, torch.ones(3, 1, dtype=F64), (0.0, 1.0), n_steps=4, seed=1, compile=True)
 
 
-def test_auto_compiles_only_where_it_pays(capsys):
+def test_auto_compiles_only_where_it_pays():
     assert not wanted("auto", LEAST - 1, 10**6)
     assert not wanted("auto", LEAST, 1)
     assert wanted("auto", REPAYS, 1)
     assert wanted("auto", LEAST, REPAYS // LEAST)
-    assert "compile=False" in capsys.readouterr().err
-    assert wanted("auto", REPAYS, 1)
-    assert capsys.readouterr().err == ""  # it has been said
     assert wanted(True, 1)
     assert not wanted(False, 10 * REPAYS)
 

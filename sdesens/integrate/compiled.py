@@ -9,14 +9,13 @@ This file knows nothing of gradients: a method brings its own kernel function.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from sdesens.errors import ArgumentError
@@ -43,17 +42,7 @@ def wanted(compile: bool | str, path_steps: int, tangents: int = 1) -> bool:
         raise ArgumentError(f"`compile` must be 'auto', True or False, got {compile!r}.")
     if compile != "auto":
         return bool(compile)
-    large = path_steps >= LEAST and path_steps * tangents >= REPAYS
-    if large:
-        _say_once()
-    return large
-
-
-@cache
-def _say_once() -> None:
-    print(
-        "sdesens: compiling the steps of large runs, a few seconds each kind; compile=False does not.", file=sys.stderr
-    )
+    return path_steps >= LEAST and path_steps * tangents >= REPAYS
 
 
 def kernel_length(noise_dim: int, rows: int | None = None) -> int:
@@ -155,10 +144,12 @@ class Flow:
     def _inputs(self) -> tuple[dict[str, Tensor], Tensor, Fused | None]:
         """Parameters, clock and noise as kernels take them: numbers with an axis in front.
 
-        torch.compile reads the value of a 0-dim tensor on the CPU as if it were a number, and then reasons about it.
+        torch.compile reads the value of a 0-dim tensor on the CPU as if it were a number, and then reasons about it. Not so
+        with a Parameter; and a module knows its own only by identity.
         """
         clock = torch.stack([x.to(torch.float64) for x in self.clock])
-        return {k: v if v.dim() else v[None] for k, v in self.p.items()}, clock, fused(self.driver.noise, clock.device)
+        p = {k: v if v.dim() or isinstance(v, nn.Parameter) else v[None] for k, v in self.p.items()}
+        return p, clock, fused(self.driver.noise, clock.device)
 
     def launch(
         self, function: Callable, theta: Params, chunk: Chunk, y: Tensor, *args, rows: int, count: int, **static
@@ -187,7 +178,7 @@ class Flow:
         if about not in self._launched:
             rest = {k: v for k, v in p.items() if k not in theta}
             inside = {k: p.get(k, v[None]) for k, v in theta.items() if k != "y0"}  # t1 is not in p
-            numbers = frozenset(k for k in (*rest, *inside) if k not in self.p or self.p[k].dim() == 0)
+            numbers = frozenset(k for k in (*rest, *inside) if k not in self.p or p[k].dim() > self.p[k].dim())
             static |= {"draw": draw, "dim": self.driver.noise_dim, "length": self.length}
             go = kernel(function, self.sde, {**rest, **inside}, numbers, y, static)
             self._launched[about] = go, rest, inside

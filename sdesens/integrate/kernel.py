@@ -5,15 +5,18 @@ trace; then it runs as the plain function that it is, with one warning. The numb
 result of a compiled kernel is compared with that of the plain function, for compilers err.
 """
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import FunctionType
+from functools import cache, partial
+from pathlib import Path
+from types import CellType, CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from sdesens.errors import SlowPathWarning
@@ -75,7 +78,7 @@ class Stretch(NamedTuple):
 
 
 class Kernel:
-    """A pure function, compiled at its first call and compared with itself there; itself where either fails."""
+    """A pure function, compiled at its first call; each result just compiled is compared with its own."""
 
     def __init__(self, function: Callable, static: dict[str, Any], coefficients: tuple, numbers: frozenset[str]):
         def run(sde, rest, theta, clock, where, noise, *args):
@@ -90,42 +93,63 @@ class Kernel:
     def __call__(self, sde, rest, theta, clock, where, noise, *args):
         if self.coefficients in _REFUSED:
             return self.plain(sde, rest, theta, clock, where, noise, *args)
-        if not self.called:  # another run has another number of paths, or of groups of them
-            size = args[0].shape[0]
-            for x in tree_leaves((noise if isinstance(noise, list) else [], args)):
-                for axis in range(x.dim()):
-                    if x.shape[axis] == size > 1:
-                        torch._dynamo.maybe_mark_dynamic(x, axis)
+        made = [noise] if isinstance(noise, list) else []
+        for x in tensors_of((*made, *args)):  # another run has another number of paths, or of groups of them
+            for axis, size in enumerate(x.shape):
+                if size == args[0].shape[0] > 1:
+                    torch._dynamo.maybe_mark_dynamic(x, axis)
+        _LAST.new = False
         try:
             if self.called:
-                return self.fast(sde, rest, theta, clock, where, noise, *args)
-            with warnings.catch_warnings(action="ignore"):  # torch's own, about its own insides
                 result = self.fast(sde, rest, theta, clock, where, noise, *args)
+            else:
+                with _FIRST_CALLS, warnings.catch_warnings(action="ignore"):  # torch's own, about its own insides
+                    result = self.fast(sde, rest, theta, clock, where, noise, *args)
+                self.called = True
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            self._refuse(
-                f"torch.compile cannot make a kernel of these coefficients ({type(error).__name__}: {reason:.200})"
-            )
-            return self.plain(sde, rest, theta, clock, where, noise, *args)
-        with torch.no_grad():
-            expected = self.plain(sde, rest, theta, clock, where, noise, *args)
-        if not _alike(result, expected):
-            self._refuse("torch.compile makes a kernel of these coefficients whose results differ from their own")
-            return self.plain(sde, rest, theta, clock, where, noise, *args)
-        self.called = True
+            return self._refuse(_reason(error)).plain(sde, rest, theta, clock, where, noise, *args)
+        if _LAST.new:
+            with torch.no_grad():
+                expected = self.plain(sde, rest, theta, clock, where, noise, *args)
+            if not _alike(result, expected):
+                return self._refuse("the compiled kernel computes something else").plain(
+                    sde, rest, theta, clock, where, noise, *args
+                )
         return result
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str) -> "Kernel":
+        said = {coefficients[1:] for coefficients in _REFUSED}  # of another kernel of theirs
         _REFUSED.add(self.coefficients)
         _LAST.call = None
-        warnings.warn(
-            f"{why}; they run uncompiled, which is slower, with the same numbers to rounding. It needs a C++ compiler (g++ "
-            "or clang++) and coefficients without Python branches on values; compile=False asks for this without a warning.",
-            SlowPathWarning,
-            stacklevel=2,
-        )
+        if self.coefficients[1:] not in said:
+            names = " and ".join(dict.fromkeys(_name(identity) for identity in self.coefficients[1:3]))
+            warnings.warn(
+                f"torch.compile cannot make a kernel of {names}: {why}. They run uncompiled, which is slower, with the same "
+                "numbers to rounding; compile=False asks for this without a warning.",
+                SlowPathWarning,
+                stacklevel=2,
+            )
+        return self
+
+
+def _reason(error: Exception) -> str:
+    """One sentence on what went wrong, and what to do."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "_recorded" not in line]
+    what = f"{type(error).__name__}: {lines[0] if lines else '':.200}".rstrip(".: ")
+    if "Cpp" in what or "Cxx" in what or "compiler" in what:
+        return f"there is no working C++ compiler ({what}); install g++ or clang++"
+    return f"it does what cannot be traced ({what}), such as a Python branch on values (use torch.where)"
+
+
+def _name(identity: Any) -> str:
+    """Coefficients for a message, from what `_identity` made of them."""
+    first, *held = identity
+    if isinstance(first, CodeType):
+        return f"{first.co_name} ({Path(first.co_filename).name}, line {first.co_firstlineno})"
+    modules = [x.__name__ for x in held if isinstance(x, type)]
+    return ".".join([*(modules or [first.__name__]), *(x for x in held if isinstance(x, str))])
 
 
 def _alike(result: Any, expected: Any) -> bool:
@@ -142,11 +166,14 @@ def _alike(result: Any, expected: Any) -> bool:
     return all(gap <= 1e-3 * size + floor for gap, size in zip(gaps, sizes, strict=True))
 
 
-_LAST = threading.local()  # of each thread, the last call of a compiled graph
+_FIRST_CALLS = threading.RLock()  # Python's filters of warnings belong to all threads
+_LAST = threading.local()  # of each thread: the last call of a compiled graph, and whether it was compiled for it
 
 
 def _recorded(graph, inputs):
     """Inductor as a backend of torch.compile; its function leaves word of what it was called with, see `Shortcut`."""
+    _LAST.new = True
+    _say_once()
     from torch._inductor.compile_fx import compile_fx  # two seconds of imports, for those who compile
 
     from sdesens.integrate.layout import PathsInside
@@ -159,6 +186,11 @@ def _recorded(graph, inputs):
         return outputs
 
     return run
+
+
+@cache
+def _say_once() -> None:
+    print("sdesens: compiling, 10 to 20 s for each new kind of problem; compile=False does not.", file=sys.stderr)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +259,22 @@ def kernel(
     )
 
 
-def _identity(function: Callable) -> Any:
-    """What tells coefficients apart; torch.compile itself looks after what they close over."""
+def _identity(function: Any, depth: int = 4) -> Any:
+    """What tells coefficients apart: their code, and the plain values and functions that they hold, down to a depth.
+
+    Tensors are not among them: torch.compile hands those in. Modules of one class are alike.
+    """
+    if isinstance(function, str | int | float | None):
+        return function
+    if isinstance(function, nn.Module):
+        return type(function)
+    held: list[Any] = []
     code = getattr(function, "__code__", None)
-    return code if code is not None else (type(function), getattr(function, "method", None))
+    if code is not None:
+        cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+        held = [*cells, *(function.__defaults__ or ())]
+    elif isinstance(function, partial):
+        held = [function.func, *function.args, *function.keywords.values()]
+    elif isinstance(function, SDE) or (callable(function) and not isinstance(function, type)):
+        held = list(getattr(function, "__dict__", {}).values())
+    return code or type(function), *(_identity(x, depth - 1) for x in held if depth)

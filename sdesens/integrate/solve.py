@@ -102,7 +102,7 @@ def sdeint(
     clock = Clock.of(t0, t1.to(y0.device, torch.float64), n_steps, y0.device)
     compiled = wanted(compile, len(y0) * n_steps) and not transforming()
     flow = Flow(sde, dict(p), clock, driver, kernel_length(noise_dim, len(y0)) if compiled else 0)
-    if compiled and torch.is_grad_enabled() and any(v.requires_grad for v in p.values()):
+    if compiled and torch.is_grad_enabled() and any(v.requires_grad for v in (*p.values(), t1)):
         y0 = y0 + torch.zeros((), dtype=y0.dtype, device=y0.device, requires_grad=True)  # all chunks alike: one kernel
     ys = flow.solve(outputs, y0)
     if check and concrete(ys):

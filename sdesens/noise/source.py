@@ -80,6 +80,8 @@ class Fused(NamedTuple):
 
 def philox_steps(key: Tensor, paths: Tensor, step: Tensor, n_steps: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
     """The normals of `Philox` for whole calls of four, see `Fused`."""
+    if dtype not in (torch.float32, torch.float64):
+        return [z.to(dtype) for z in philox_steps(key, paths, step, n_steps, dim, torch.float32)]
     first, calls = step * dim // 4, n_steps * dim // 4
     if calls <= 4:  # unrolled, nothing is stored
         words = [philox4x32((paths, paths >> 32, first + q, key[2]), (key[0], key[1])) for q in range(calls)]

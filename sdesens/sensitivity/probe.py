@@ -136,7 +136,9 @@ def _check_functional(problem: Problem, theta: Theta, noise_dim: int, differenti
             "times and components, never over paths (dim 1 of ys)."
         )
     if not theta:
-        raise ArgumentError("there is nothing to differentiate in: give `wrt`, or parameters to the SDE.")
+        raise ArgumentError(
+            "there is nothing to differentiate in: name parameters in `wrt`, or give the SDE some; for states alone use `sdeint`."
+        )
     if not values.requires_grad:
         if not differentiated:
             return
@@ -239,7 +241,7 @@ def survives_vmap(problem: Problem, theta: Theta, noise_dim: int) -> bool:
         reason = str(error).strip().splitlines()[0]
         warnings.warn(
             f"a coefficient or the functional cannot be vectorised by torch.func.vmap ({reason:.200}); groups of paths are "
-            "visited one by one, which is slower. The usual causes: writing into a fresh tensor (use torch.stack), and Python "
+            "visited one by one, uncompiled, which is slower. The usual causes: writing into a fresh tensor (use torch.stack), and Python "
             "branches on values (use torch.where).",
             SlowPathWarning,
             stacklevel=4,
