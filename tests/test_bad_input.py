@@ -559,7 +559,7 @@ def unused(**changes):
         ({"wrt": ("t1", "y0", "t1")}, ArgumentError, "`wrt` names 't1' twice"),
         ({"wrt": 5}, ArgumentTypeError, "`wrt` must be a name or a tuple of names, got 5"),
         ({"wrt": {"mu"}}, ArgumentTypeError, "`wrt` must be a name or a tuple of names, got {'mu'}"),  # no order
-        ({"wrt": ()}, ArgumentError, "nothing to differentiate in: give `wrt`"),
+        ({"wrt": ()}, ArgumentError, "nothing to differentiate in: name parameters in `wrt`"),
         ({"wrt": "y0", "y0": lambda p: ones(2)}, UnknownParameterError, "'y0', but `y0` is computed.*give a tensor"),
         ({"wrt": "t1", "method": "torchsde_adjoint"}, ArgumentError, "'t1', which torchsde does not.*leave out method"),
         ({"method": "reverse"}, ArgumentError, "`method` must be one of 'pathwise', .*got 'reverse'"),
@@ -630,7 +630,7 @@ def test_nothing_to_differentiate_in():
     refuses(
         lambda: sensitivity(question, n_paths=10),
         ArgumentError,
-        "nothing to differentiate in: give `wrt`, or parameters",
+        "nothing to differentiate in: name parameters in `wrt`",
     )
     assert set(sensitivity(question, n_paths=10, wrt=("y0", "t1")).gradient) == {"y0", "t1"}
 

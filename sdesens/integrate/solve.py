@@ -61,7 +61,8 @@ def sdeint(
     compile : {"auto", True, False}
         Whether chunks of steps are fused by `torch.compile`, with their noise inside; "auto" does so where the work repays
         the seconds that it takes. The numbers agree to rounding. A training loop, whose steps are small but many, gains
-        from True.
+        from True. Compiled states can be pulled back once: for `retain_graph` or second derivatives take False. Under
+        forward mode and transforms of torch.func nothing is compiled.
 
     Returns
     -------
