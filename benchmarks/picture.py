@@ -90,8 +90,8 @@ def parameters(ax, cases):
     if points:
         ax.semilogx(*zip(*sorted(points), strict=True), "o-", ms=4, color=colour("sdesens"))
         ticks(ax, [k for k, _ in points])
-    ax.set(xlabel="parameters K", ylabel="time over forward", ylim=(0, None))
-    ax.set_title(r"Forward sensitivity, drift $\sum_{k} a_k \cos(k y)$")
+    ax.set(xlabel="parameters K", ylabel="time over forward", ylim=(0, 1.15 * ax.get_ylim()[1]))
+    ax.set_title(r"Forward sensitivity, drift $\Sigma_k\, a_k \cos(k y)$")
 
 
 def draw(report, path):
