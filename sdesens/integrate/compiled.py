@@ -102,7 +102,8 @@ class Flow:
     p : dict of Tensor
     clock : Clock
     driver : Driver
-    compiled : bool
+    length : int
+        Steps a kernel; 0 to compute plainly.
     """
 
     sde: SDE

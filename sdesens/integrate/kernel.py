@@ -138,7 +138,7 @@ def _reason(error: Exception) -> str:
     """One sentence on what went wrong, and what to do."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "_recorded" not in line]
     what = f"{type(error).__name__}: {lines[0] if lines else '':.200}".rstrip(".: ")
-    if "Cpp" in what or "Cxx" in what or "compiler" in what:
+    if any(sign in what for sign in ("Cpp", "Cxx", "C++")):
         return f"there is no working C++ compiler ({what}); install g++ or clang++"
     return f"it does what cannot be traced ({what}), such as a Python branch on values (use torch.where)"
 

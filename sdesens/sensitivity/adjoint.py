@@ -86,8 +86,7 @@ def _by_kernel(tile, flow, theta, leaves, chunk, x, A, totals, output_at, correc
     """The same by one compiled kernel."""
     inside = range(chunk.start + 1, chunk.start + chunk.count)
     every = any(n in output_at for n in inside)
-    none = A.new_zeros(flow.length, *A.shape)
-    jumps = [output_at.get(chunk.start + k, none[k]) for k in range(flow.length)] if every else []
+    jumps = [output_at.get(chunk.start + k, torch.zeros_like(A)) for k in range(flow.length)] if every else []
     x, A, totals = flow.launch(
         retreat_kernel, theta, chunk, x, A, totals, jumps, rows=tile.width, count=tile.count, corrected=corrected
     )

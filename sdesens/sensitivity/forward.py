@@ -201,10 +201,9 @@ def tangent_kernel(
         return list(states), [torch.stack([c.reshape(B, d).T for c in row]) for row in columns]
 
     def one(th: Theta, x: Tensor, *z: Tensor) -> tuple[Tensor, Tensor]:
-        states = torch.stack(
-            [x[0] for x in run(th, x[None], *(normal[None] for normal in z))]
-        )  # of a tuple, torch 2.13
-        return states, states  # compiles wrong Jacobians, all but the last
+        # stacked: of a tuple, torch 2.13 compiles wrong Jacobians of all states but the last
+        states = torch.stack([state[0] for state in run(th, x[None], *(normal[None] for normal in z))])
+        return states, states
 
     in_dims = (None, 0, *[0] * len(z))
     (by_theta, by_y), states = vmap(jacrev(one, argnums=(0, 1), has_aux=True), in_dims=in_dims)(theta, y, *z)
