@@ -53,6 +53,14 @@ class DetachedError(ArgumentError):
     """A functional returned a tensor that is cut off from the path and from the parameters."""
 
 
+class JumpError(ArgumentError):
+    """A function jumps where a derivative is to be taken: the derivative exists almost everywhere and misses the jump."""
+
+
+class MethodError(ArgumentError):
+    """A gradient method cannot be used for this model."""
+
+
 class NonFiniteError(SdesensError, ArithmeticError):
     """A path, a parameter or a functional became infinite or NaN.
 

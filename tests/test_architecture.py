@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "blocks": {"errors", "tensors", "noise", "sde", "problem", "integrate", "sensitivity", "estimate"},
     "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals"},
 }
-MAY_IMPORT["memory"] = set()
+MAY_IMPORT["memory"] = MAY_IMPORT["audit"] = set()
+MAY_IMPORT["estimators"] = MAY_IMPORT["blocks"] - {"blocks"} | {"audit"}
 MAY_IMPORT["montecarlo"] = MAY_IMPORT["blocks"] | {"blocks"}
 MAY_IMPORT["refinement"] = MAY_IMPORT["montecarlo"]
 MAY_IMPORT["verdict"] = MAY_IMPORT["montecarlo"] | {"montecarlo", "refinement"}

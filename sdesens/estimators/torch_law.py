@@ -1,0 +1,121 @@
+"""Any torch.distributions.Distribution as a law.
+
+Normal, LogNormal, MultivariateNormal, Bernoulli and OneHotCategorical become our own laws, and so functions of our noise. The
+others draw from torch's generator by their own samplers, `rsample` where they have one: Gamma, Beta and Dirichlet there are
+implicit reparameterisations (M. Figurnov, S. Mohamed, A. Mnih, NeurIPS 2018). The generator is seeded for each run and put back
+after it, so the numbers depend on the seed alone.
+
+`has_rsample` is not taken on trust: `OneHotCategoricalStraightThrough` has it, but its derivative is that of another function
+than the one it draws. And a density is not enough for the score function where the support moves with a parameter.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, distributions
+from torch.distributions import Distribution
+
+from sdesens.errors import ArgumentError
+from sdesens.estimators.laws import Bernoulli, Categorical, Law, LogNormal, MultivariateNormal, Normal, Shape
+from sdesens.noise import Noise, Philox
+
+BIASED = (distributions.OneHotCategoricalStraightThrough,)
+
+
+@dataclass(frozen=True, eq=False)
+class TorchLaw:
+    """A distribution with its own sampler; see the module docstring."""
+
+    distribution: Distribution
+    steps: ClassVar[int] = 1
+
+    @property
+    def noise(self) -> Shape:
+        batch = self.distribution.batch_shape
+        return (*batch[:1], 0) if batch else (0,)  # so that items, the first axis, are seen
+
+    @property
+    def reparameterised(self) -> bool:
+        return self.distribution.has_rsample
+
+    @property
+    def biased(self) -> bool:
+        """Whether its `rsample` is not the derivative of its draw."""
+        return isinstance(self.distribution, BIASED)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        support = self.distribution.support
+        low, high = getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
+        return float(torch.as_tensor(low).detach().min()), float(torch.as_tensor(high).detach().max())
+
+    def draw(self, eps: Tensor) -> Tensor:
+        d, n = self.distribution, torch.Size(eps.shape[:1])
+        return d.rsample(n) if d.has_rsample else d.sample(n).to(eps.dtype)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.distribution.log_prob(z)
+
+    def fixed(self, z: Tensor) -> Tensor:
+        return z.detach()
+
+    def no_density(self) -> str | None:
+        try:
+            self.distribution.log_prob(self.distribution.sample())
+        except NotImplementedError:
+            return f"{type(self.distribution).__name__} has no `log_prob`"
+        moving = [v for v in vars(self.distribution.support).values() if isinstance(v, Tensor) and v.requires_grad]
+        if moving:
+            return f"the support of {type(self.distribution).__name__} moves with its parameters"
+        return None
+
+    def support(self) -> Tensor | None:
+        """The values of one component, shape (S, *event), if they are few and alike for all."""
+        d = self.distribution
+        if not d.has_enumerate_support:
+            return None
+        values = d.enumerate_support(expand=False)
+        return values.reshape(values.shape[0], *d.event_shape).to(torch.get_default_dtype())
+
+
+def as_law(d: Distribution) -> Law:
+    """A distribution as a law: our own where there is one."""
+    event = d.event_shape
+    if isinstance(d, distributions.Independent):
+        return as_law(d.base_dist)  # log densities of parts are summed anyway
+    if type(d) is distributions.Normal:
+        return Normal(d.loc, d.scale)
+    if type(d) is distributions.LogNormal:
+        return LogNormal(d.loc, d.scale)
+    if type(d) is distributions.MultivariateNormal:
+        return MultivariateNormal(d.loc, d.scale_tril)
+    if type(d) is distributions.Bernoulli:
+        return Bernoulli(logits=d.logits) if "logits" in vars(d) else Bernoulli(probs=d.probs)
+    if type(d) is distributions.OneHotCategorical and len(event) == 1:
+        return Categorical(logits=d.logits)
+    return TorchLaw(d)
+
+
+@contextmanager
+def seeded(noise: Noise, first: int) -> Iterator[None]:
+    """Torch's global generator at a place that depends on the seed and on `first` alone; put back afterwards.
+
+    Raises
+    ------
+    ArgumentError
+        If the noise is not Philox, whose seed and stream can be used.
+    """
+    if not isinstance(noise, Philox):
+        raise ArgumentError(
+            "this model draws from torch's generator and cannot be driven by `noise`: give `seed`, or write the draw as a "
+            "function of noise with Reparameterised."
+        )
+    digest = hashlib.sha256(f"{noise.seed % 2**64} {noise.stream} {first}".encode()).digest()
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        yield
