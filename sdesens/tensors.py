@@ -3,6 +3,7 @@
 This file knows nothing of SDEs.
 """
 
+import itertools
 import threading
 from collections.abc import Mapping
 
@@ -54,3 +55,14 @@ def transforming() -> bool:
 def describe(x) -> str:
     """What came, for an error message."""
     return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+
+
+def coordinate_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """What the entries of a tensor are called, in order.
+
+    Example
+    -------
+    >>> coordinate_names("a", (2, 1)), coordinate_names("b", ())
+    (['a[0,0]', 'a[1,0]'], ['b'])
+    """
+    return [f"{name}[{','.join(map(str, i))}]" if i else name for i in itertools.product(*map(range, shape))]

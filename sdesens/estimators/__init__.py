@@ -1,5 +1,7 @@
 """Gradients of expectations without time: z = g(eps), one draw instead of a path."""
 
+from sdesens.estimators.compare import Comparison, compare
+from sdesens.estimators.decomposition import Decomposition, decompose
 from sdesens.estimators.gradient import (
     ExpectationGradient,
     SampleTangents,
@@ -10,11 +12,14 @@ from sdesens.estimators.gradient import (
 from sdesens.estimators.laws import Bernoulli, Categorical, Law, LogNormal, MultivariateNormal, Normal
 from sdesens.estimators.methods import METHODS
 from sdesens.estimators.own import Reparameterised, Sampler
+from sdesens.estimators.study import Study, variance_study
 
 __all__ = [
     "METHODS",
     "Bernoulli",
     "Categorical",
+    "Comparison",
+    "Decomposition",
     "ExpectationGradient",
     "Law",
     "LogNormal",
@@ -23,7 +28,11 @@ __all__ = [
     "Reparameterised",
     "SampleTangents",
     "Sampler",
+    "Study",
+    "compare",
+    "decompose",
     "expectation_gradient",
     "sample_tangents",
     "surrogate",
+    "variance_study",
 ]

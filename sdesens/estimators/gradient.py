@@ -313,6 +313,25 @@ def check_samples(n_samples: int, source: Noise) -> None:
         )
 
 
+def question_of(
+    model: Any,
+    f: Function | None,
+    params: Mapping[str, Tensor] | None,
+    wrt: Sequence[str] | str | None,
+    x: Tensor | None,
+) -> tuple[Question, Law]:
+    """The question with its parameters detached, and the law at them, which sees what of it depends on them."""
+    question = _detached(ask(model, f, params, wrt, x))
+    return question, _with_graph(question)
+
+
+def example_draws(question: Question, law: Law, count: int) -> Tensor:
+    """Some draws, to see where a law is."""
+    task = Task(question, choose("score_function", {}, law, question.x is not None, count), Philox(0), law, False)
+    with torch.no_grad(), task.generator(0):
+        return law.draw(task.normals(0, count)[0])
+
+
 def _detached(q: Question) -> Question:
     params = {k: v.detach() for k, v in q.params.items()}
     return replace(q, params=params, theta={k: v.detach() for k, v in q.theta.items()})
