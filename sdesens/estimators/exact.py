@@ -13,6 +13,7 @@ Reference: S. Mohamed, M. Rosca, M. Figurnov, A. Mnih, JMLR 21 (2020) 132.
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +85,10 @@ def _by_maxwell(f: Callable[[Tensor], Tensor], mean: float, scale: float) -> flo
     return float(((w * density)[:, None] * v * difference.square()).sum())
 
 
+_gauss = cache(np.polynomial.legendre.leggauss)
+
+
 def _legendre(low: float, high: float) -> tuple[Tensor, Tensor]:
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    nodes, weights = _gauss(NODES)
     half = (high - low) / 2
     return torch.from_numpy(low + half * (nodes + 1)), torch.from_numpy(half * weights)

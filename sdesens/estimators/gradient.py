@@ -223,7 +223,7 @@ def surrogate(
     if n_samples < 1 or n_samples % source.unit:
         raise ArgumentError(f"`n_samples` must be a positive multiple of {source.unit}, got {n_samples}.")
     law = question.law(question.theta)
-    choice = choose(method, options, law, x is not None, n_samples)
+    choice = choose(method, options, law, x is not None, n_samples, n_groups=1)
     if options.get("baseline") == "optimal":
         raise MethodError(
             "baseline='optimal' needs a pilot run: give its constant as a number, or use 'leave_one_out'."

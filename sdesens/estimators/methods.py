@@ -91,8 +91,10 @@ def is_biased(name: str, law: Law) -> bool:
     return METHODS[name].biased or (name == "pathwise" and isinstance(law, TorchLaw) and law.biased)
 
 
-def choose(name: str, options: dict[str, Any], law: Law, with_items: bool, n_samples: int) -> Choice:
-    """A method with its options checked and settled.
+def choose(
+    name: str, options: dict[str, Any], law: Law, with_items: bool, n_samples: int, *, n_groups: int = 2
+) -> Choice:
+    """A method with its options checked and settled, for at least `n_groups` leave-one-out groups.
 
     Raises
     ------
@@ -119,24 +121,31 @@ def choose(name: str, options: dict[str, Any], law: Law, with_items: bool, n_sam
         )
     group = 1
     if name == "rloo" or settled.get("baseline") == "leave_one_out":
-        group = settled["group"] = _group(settled["group"], n_samples)
+        group = settled["group"] = _group(settled["group"], n_samples, n_groups)
     elif settled.pop("group", None) is not None:
         raise ArgumentError("`group` belongs to baseline='leave_one_out': leave it out.")
     extra = normals_needed(law) if name == "measure_valued" else 0
     return Choice(name, settled, is_biased(name, law), group, extra)
 
 
-def _group(group, n_samples: int) -> int:
+def _group(group, n_samples: int, n_groups: int) -> int:
+    most = n_samples // n_groups
     if group is None:
-        fitting = [k for k in range(2, 17) if n_samples % k == 0]
+        fitting = [k for k in range(2, min(most, 16) + 1) if n_samples % k == 0]
         if not fitting:
             raise ArgumentError(
-                f"`n_samples` = {n_samples} has no divisor in 2 ... 16 for leave-one-out groups: make it even, or give `group`."
+                f"`n_samples` = {n_samples} cannot be cut into {n_groups} or more leave-one-out groups of 2 ... 16 draws: make it a "
+                "multiple of 4, or give `group`."
             )
         return fitting[-1]
-    if isinstance(group, bool) or not isinstance(group, int) or group < 2 or n_samples % group:
+    if isinstance(group, bool) or not isinstance(group, int) or not 2 <= group <= most or n_samples % group:
         raise ArgumentError(
-            f"`group` must be an int of at least 2 that divides n_samples = {n_samples}, got {group!r}."
+            f"`group` must be an int in 2 ... {most} that divides n_samples = {n_samples}, got {group!r}: "
+            + (
+                "one group has no standard error."
+                if group == n_samples
+                else "a group is what one baseline is computed from."
+            )
         )
     return group
 
