@@ -119,6 +119,6 @@ def train(loss_function=loss, *, seed: int = 0, epochs: int = 40, batch: int = 9
 
 
 @torch.no_grad()
-def test_elbo(vae: VAE, n_samples: int = 50) -> float:
+def held_out_elbo(vae: VAE, n_samples: int = 50) -> float:
     """Mean ELBO of the test images, in nats."""
     return -float(reference_loss(vae, digits().test, 0, n_samples))
