@@ -55,7 +55,7 @@ class Chain:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Equation (2), summed over steps: shape (L,)."""
-        return sum(self._transition(n, z).flatten(1).sum(1) for n in range(self.steps))  # type: ignore[return-value]
+        return sum(self._transition(n, z).reshape(len(z), -1).sum(1) for n in range(self.steps))  # type: ignore[return-value]
 
     def _transition(self, n: int, z: Tensor) -> Tensor:
         """Log density of the step from X_n to X_{n+1}."""

@@ -1,5 +1,6 @@
 """The estimators by name, and where each may be used."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,8 @@ def choose(
         group = settled["group"] = _group(settled["group"], n_samples, n_groups)
     elif settled.pop("group", None) is not None:
         raise ArgumentError("`group` belongs to baseline='leave_one_out': leave it out.")
-    extra = normals_needed(law) if name == "measure_valued" else 0
+    coordinates = math.prod(law.noise[with_items:])
+    extra = normals_needed(law) * coordinates if name == "measure_valued" else 0
     return Choice(name, settled, is_biased(name, law), group, extra)
 
 

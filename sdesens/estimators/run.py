@@ -211,7 +211,7 @@ def answer(task: Task, n_samples: int, constants: Gradients | None = None, bar=N
             if constants is not None:
                 g = g[:, :, 0] - constants[k] * g[:, :, 1]
             sums[k] += _moments(g, size * task.question.n_items // layout.strata)
-    return {k or "value": _over_strata(total(m)).estimate() for k, m in sums.items()}
+    return {k or "value": _over_strata(total(m)) for k, m in sums.items()}
 
 
 def regression(task: Task, n_samples: int) -> Gradients:
@@ -245,10 +245,19 @@ def _moments(rows: Tensor, size: int) -> list[Moments]:
     return [Moments.of_units(part, size) for part in rows.split(step)]
 
 
-def _over_strata(m: Moments) -> Moments:
-    """The mean over strata, axis 0, of estimates that are independent: squared deviations add up, strata do not differ."""
-    n = m.mean.shape[0]
-    return Moments(m.n * n, (m.units - 1) * n + 1, m.mean.mean(0), m.m2.sum(0))
+def _over_strata(m: Moments) -> Estimate:
+    """The mean over strata, axis 0, of estimates that are independent.
+
+    Variances add up; their degrees of freedom are Satterthwaite's, (sum v)^2 / sum(v^2 / (U - 1)), the least of any coordinate:
+    between U - 1, where one stratum varies most, and all of them.
+    """
+    strata, inner = m.mean.shape[0], m.units - 1
+    n, mean = m.n * strata, m.mean.mean(0)
+    if inner < 1:
+        return Estimate(mean, torch.full_like(mean, math.nan), n, 0)
+    v, most = m.m2.reshape(strata, -1), strata * inner
+    alike = torch.nan_to_num(v.sum(0).square() / v.square().sum(0), nan=float(strata))
+    return Estimate(mean, (m.m2.sum(0) / most / n).sqrt(), n, int(float(alike.min()) * inner + 1e-6))
 
 
 def _check_finite(task: Task, first: int, values: Tensor, gradients: Gradients) -> None:
