@@ -10,8 +10,8 @@ size is that of a typical contribution and share the part of the paths that cont
     smooth   size ~ e^2   share constant         kink   size ~ e   share ~ e
     jump     size constant, share ~ e            steep but smooth: size and share constant until e is below its width
 
-so a jump is told from everything else by the two slopes at the smallest usable e. A jump that is only a part of F wins there: its
-size does not fall, the rest's does.
+so a jump is told from everything else at the smallest usable e: size does not fall there, and few paths contribute, or ever fewer. A
+jump that is only a part of F wins there, since the rest's size falls.
 """
 
 import math
@@ -53,9 +53,12 @@ def jumps(F: Callable[[float], Tensor]) -> bool:
             d = torch.where(torch.isfinite(d) & (d > floor), d, 0.0)
             first, second = float(d.sum()), float(d.square().sum())
             if second > 0 and first**2 / second >= FEW:
-                usable.append((e, second / first, first**2 / second))
+                usable.append((e, second / first, first**2 / second / len(d)))
+        while len(usable) > 1 and usable[-1][2] > 3 * usable[-2][2]:
+            usable.pop()  # no path happens to jump within so small an e, and the rest of F is all that is left
         if len(usable) < 2:
             return False
         (e1, size1, share1), (e0, size0, share0) = usable[-2:]
         per_step = math.log(e1 / e0)
-        return math.log(size1 / size0) / per_step < 0.35 and math.log(share1 / share0) / per_step > 0.4
+        stays = math.log(size1 / size0) / per_step < 0.35
+        return stays and (share0 < 0.1 or math.log(share1 / share0) / per_step > 0.4)

@@ -26,16 +26,27 @@ ROWS = 4  # draws that are looked at one by one
 AUDITED = 8192  # draws that are looked at for jumps
 
 
-def check(task: Task) -> None:
-    """Raise unless the question can be answered by the task's method.
+def check_functions(task: Task) -> None:
+    """Raise unless draws and f are functions of what they are given, row by row, whatever the method.
 
     Raises
     ------
-    NotAFunctionError, DetachedError, UnusedParameterError, JumpError
+    NotAFunctionError, ShapeError, ArgumentTypeError, DtypeError
     """
     probe = replace(task, noise=PROBE)
     with probe.generator(0):
         _check_functions(probe)
+
+
+def check_method(task: Task) -> None:
+    """Raise unless the task's method gives the gradient of every parameter asked for.
+
+    Raises
+    ------
+    DetachedError, UnusedParameterError, JumpError
+    """
+    probe = replace(task, noise=PROBE)
+    with probe.generator(0):
         _check_reached(probe)
         if explicit_jump(probe):
             raise JumpError(

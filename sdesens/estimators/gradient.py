@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from sdesens.errors import ArgumentError, ArgumentTypeError, MethodError, ZeroGradientWarning
 from sdesens.estimate import Estimate
-from sdesens.estimators.checks import check as check_task
-from sdesens.estimators.checks import pathwise_jump
+from sdesens.estimators.checks import check_functions, check_method, pathwise_jump
 from sdesens.estimators.laws import Law
 from sdesens.estimators.methods import Choice, applicable, choose
 from sdesens.estimators.model import Function, Question, ask
@@ -29,6 +28,7 @@ from sdesens.noise import Noise, Philox, independent
 from sdesens.problem import Problem
 from sdesens.sensitivity.probe import check_problem
 
+NO_CHOICE = Choice("", {}, False)
 PILOT = 2_000  # draws that a method is tried on
 CONSTANT = 10_000  # draws that the optimal constant is computed from
 
@@ -159,6 +159,8 @@ def expectation_gradient(
     if check and isinstance(model, Problem):
         check_problem(model, question.theta, differentiated=method == "pathwise")
     law = question.law(question.theta)
+    if check:
+        check_functions(Task(question, NO_CHOICE, source, law, False))
     tried: dict[str, float | str] = {}
     if method == "auto":
         if options:
@@ -170,7 +172,7 @@ def expectation_gradient(
         choice = choose(method, options, _with_graph(question), x is not None, n_samples)
     task = Task(question, choice, source, law, False)
     if check:
-        check_task(task)
+        check_method(task)
     if choice.exact:
         found = exactly(task)
     else:
@@ -327,7 +329,7 @@ def question_of(
 
 def example_draws(question: Question, law: Law, count: int) -> Tensor:
     """Some draws, to see where a law is."""
-    task = Task(question, choose("score_function", {}, law, question.x is not None, count), Philox(0), law, False)
+    task = Task(question, NO_CHOICE, Philox(0), law, False)
     with torch.no_grad(), task.generator(0):
         return law.draw(task.normals(0, count)[0])
 
