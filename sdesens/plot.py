@@ -183,7 +183,7 @@ def comparison(found: Comparison, parameter: str, *, axes: Any = None) -> Any:
         names = ", ".join(dict.fromkeys(repr(r["parameter"]) for r in found.rows()))
         raise ArgumentError(f"`parameter` must be one of {names}, got {parameter!r}.")
     left, right = _axes(axes, 2)
-    places = range(len(rows))
+    places = list(range(len(rows)))
     labels = [r["method"].replace(" (", "\n(") + (" (biased)" if r["biased"] else "") for r in rows]
     left.errorbar(
         [r["mean"] for r in rows], places, xerr=[1.96 * r["standard_error"] for r in rows], fmt="o", color="C0", capsize=4, markerfacecolor="none"
@@ -191,18 +191,23 @@ def comparison(found: Comparison, parameter: str, *, axes: Any = None) -> Any:
     if rows[0]["bias"] is not None:
         left.axvline(rows[0]["mean"] - rows[0]["bias"], color="0.4", linewidth=0.8, label="exact")
         left.legend(fontsize="small")
-    left.set_yticks(places, labels)
-    left.invert_yaxis()
     left.set(xlabel=f"d/d {parameter}, with 95 % intervals", title="estimates")
     for place, row in zip(places, rows, strict=True):
         if row["variance_x_time"] > 0:
-            right.barh(
-                place, 1e6 * row["variance_x_time"], color="0.8", edgecolor="C0", hatch="//" if row["biased"] else None
+            look = {"marker": "s", "color": "C0", "markerfacecolor": "none" if row["biased"] else "C0"}
+            right.plot(1e6 * row["variance_x_time"], place, **look)
+        else:
+            right.annotate(
+                "no variance", (0.02, place), xycoords=("axes fraction", "data"), va="center", fontsize="small"
             )
     right.set_xscale("log")
-    right.set_yticks(places, [] if axes is None else labels)
-    right.set_ylim(left.get_ylim())
-    right.set(xlabel="variance x time a draw / us (hatched: biased)", title="work for a given precision")
+    right.grid(axis="x", which="both", color="0.9")
+    right.set(xlabel="variance x time a draw / us (open: biased)", title="work for a given precision")
+    for ax in (left, right):
+        ax.set_yticks(places, labels)
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+    if axes is None:
+        right.set_yticklabels([])
     return left, right
 
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: output, exit status, files."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from sdesens.cli import app, main
+from sdesens.errors import SdesensError
 
 FAST = ["--paths", "400", "--steps", "16"]
 SOURCE = """
@@ -161,3 +163,35 @@ def test_module_runs_as_a_program():
     done = subprocess.run([sys.executable, "-m", "sdesens.cli", "check", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "neither a built-in problem" in done.stderr
+
+
+def test_estimators_writes_a_table_and_a_picture(tmp_path):
+    out = tmp_path / "study.v1"  # a dot in the name is no suffix
+    result = CliRunner().invoke(app, ["estimators", "--samples", "400", "--costs", "cos", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "the score function varies less than pathwise beyond k = 1.0638" in result.output
+    assert (tmp_path / "study.v1.png").read_bytes()[:4] == b"\x89PNG"
+    with (tmp_path / "study.v1.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 13 * 2 * 5
+    assert {r["method"] for r in rows} >= {"pathwise", "measure_valued"}
+    assert float(rows[0]["exact_variance"]) > 0
+
+
+def test_estimators_as_json(tmp_path):
+    result = CliRunner().invoke(
+        app, ["estimators", "--samples", "400", "--costs", "exp", "--out", str(tmp_path / "a"), "--json"]
+    )
+    found = json.loads(result.output)
+    assert len(found["rows"]) == 130
+    assert {c["parameter"] for c in found["crossings"]} == {"mean", "scale"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--costs", "tan"], ["--samples", "1"], ["--scale", "0"], ["--out", "nowhere/a"]]
+)
+def test_estimators_refuses_bad_options(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["estimators", *arguments])
+    assert isinstance(result.exception, SdesensError)
+    assert not list(tmp_path.iterdir())
