@@ -3,6 +3,7 @@
 from sdesens.crosscheck import CrossCheck, crosscheck
 from sdesens.errors import SdesensError, ZeroGradientWarning
 from sdesens.estimate import Estimate
+from sdesens.estimators import expectation_gradient
 from sdesens.integrate import sdeint
 from sdesens.montecarlo import Sensitivity, merge, sensitivity
 from sdesens.noise import Antithetic, Coarsened, GivenNoise, Noise, Philox, coarsen
@@ -35,6 +36,7 @@ __all__ = [
     "coarsen",
     "correlated_noise",
     "crosscheck",
+    "expectation_gradient",
     "merge",
     "sdeint",
     "sensitivity",

@@ -41,3 +41,9 @@ def test_greeks_of_the_page_on_shapes():
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", README.read_text()))
 def test_links_point_at_files(link):
     assert (README.parent / link).exists()
+
+
+def test_blocks_of_the_page_on_estimators(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "estimators.md").read_text(), flags=re.DOTALL)
+    exec(compile(block, "docs/estimators.md", "exec"), {})
+    assert "ExpectationGradient by pathwise, 100000 draws" in capsys.readouterr().out

@@ -9,7 +9,7 @@ One coordinate moves at a time, the others stay where they were drawn. The two d
     coin, p          c = 1                    z+ = 1, z- = 0
 
 f need not be continuous. The cost is 4 evaluations of f a coordinate (2 for a coin). A log-normal is its normal's, with f(exp).
-References: G. Pflug, J. Optim. Theory Appl. 1990; S. Mohamed et al., JMLR 21 (2020) 132, section 6.
+References: G. Pflug, Computing 42 (1989) 315; S. Mohamed et al., JMLR 21 (2020) 132, section 6.
 """
 
 import math
