@@ -18,11 +18,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, distributions
-from torch.distributions import Distribution
+from torch.distributions import Distribution, constraints
 
 from sdesens.errors import ArgumentError
 from sdesens.estimators.laws import Bernoulli, Categorical, Law, LogNormal, MultivariateNormal, Normal, Shape
 from sdesens.noise import Noise, Philox
+from sdesens.tensors import concrete
 
 BIASED = (distributions.OneHotCategoricalStraightThrough,)
 
@@ -84,7 +85,14 @@ class TorchLaw:
 
 
 def as_law(d: Distribution) -> Law:
-    """A distribution as a law: our own where there is one."""
+    """A distribution as a law: our own where there is one.
+
+    Raises
+    ------
+    ArgumentError
+        If its arguments do not meet their constraints; torch itself stops looking once anything has been compiled.
+    """
+    _check_arguments(d)
     event = d.event_shape
     if isinstance(d, distributions.Independent):
         return as_law(d.base_dist)  # log densities of parts are summed anyway
@@ -99,6 +107,16 @@ def as_law(d: Distribution) -> Law:
     if type(d) is distributions.OneHotCategorical and len(event) == 1:
         return Categorical(logits=d.logits)
     return TorchLaw(d)
+
+
+def _check_arguments(d: Distribution) -> None:
+    for name, constraint in d.arg_constraints.items():
+        value = vars(d).get(name)  # those that were given, not those that follow from them
+        if constraints.is_dependent(constraint) or not isinstance(value, Tensor) or not concrete(value):
+            continue
+        if not bool(constraint.check(value).all()):
+            shown = value.detach().flatten()[:4].tolist()
+            raise ArgumentError(f"`{name}` of {type(d).__name__} must satisfy {constraint}, got {shown}.")
 
 
 @contextmanager
