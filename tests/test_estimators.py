@@ -28,9 +28,9 @@ from sdesens.estimators import (
     variance_study,
 )
 from sdesens.estimators.exact import normal_variances
-from sdesens.estimators.gradient import check_noise, question_of
 from sdesens.estimators.methods import choose
-from sdesens.estimators.run import Task, answer
+from sdesens.estimators.model import ask, detached
+from sdesens.estimators.run import Task, answer, noise_of
 from sdesens.estimators.study import crossing
 
 N11 = {"mean": scalar(1.0), "scale": scalar(1.0)}
@@ -636,9 +636,10 @@ def test_standard_error_of_items_is_that_of_the_draws():
 
 
 def both_ways(model, f, params, method, n=600, **options):
-    question, law = question_of(model, f, params, None, options.pop("x", None))
+    question = detached(ask(model, f, params, None, options.pop("x", None)))
+    law = question.law(question.theta)
     choice = choose(method, options, law, question.x is not None, n)
-    return [answer(Task(question, choice, check_noise(5, None), law, way), n) for way in (True, False)]
+    return [answer(Task(question, choice, noise_of(5, None), law, way), n) for way in (True, False)]
 
 
 @pytest.mark.parametrize("method", ["pathwise", "score_function", "rloo", "measure_valued"])

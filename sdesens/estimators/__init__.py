@@ -2,17 +2,12 @@
 
 from sdesens.estimators.compare import Comparison, compare
 from sdesens.estimators.decomposition import Decomposition, decompose
-from sdesens.estimators.gradient import (
-    ExpectationGradient,
-    SampleTangents,
-    expectation_gradient,
-    sample_tangents,
-    surrogate,
-)
+from sdesens.estimators.gradient import ExpectationGradient, expectation_gradient, surrogate
 from sdesens.estimators.laws import Bernoulli, Categorical, Law, LogNormal, MultivariateNormal, Normal
 from sdesens.estimators.methods import METHODS
 from sdesens.estimators.own import Reparameterised, Sampler
 from sdesens.estimators.study import Study, variance_study
+from sdesens.estimators.tangents import SampleTangents, sample_tangents
 
 __all__ = [
     "METHODS",

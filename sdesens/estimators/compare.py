@@ -17,9 +17,9 @@ from rich.table import Table
 from torch import Tensor
 
 from sdesens.errors import ArgumentError, DetachedError, JumpError, MethodError
-from sdesens.estimators.gradient import ExpectationGradient, expectation_gradient, question_of
+from sdesens.estimators.gradient import ExpectationGradient, expectation_gradient
 from sdesens.estimators.methods import applicable
-from sdesens.estimators.model import Function
+from sdesens.estimators.model import Function, ask, detached, with_graph
 from sdesens.tensors import coordinate_names
 
 Spec = str | tuple[str, dict[str, Any]]
@@ -153,7 +153,8 @@ def compare(
     """
     specs = [(m, {}) if isinstance(m, str) else m for m in methods] if methods is not None else None
     if specs is None:
-        question, law = question_of(model, f, params, wrt, x)
+        question = detached(ask(model, f, params, wrt, x))
+        law = with_graph(question)
         specs = [(m, {}) for m in applicable(law, question.x is not None, biased=True)]
         if ("score_function", {}) in specs:
             specs.insert(specs.index(("score_function", {})) + 1, ("score_function", {"baseline": "optimal"}))
@@ -162,15 +163,17 @@ def compare(
     results: dict[str, ExpectationGradient] = {}
     refused: dict[str, str] = {}
     for method, options in specs:
-        ask = {"n_samples": n_samples, "method": method, "wrt": wrt, "x": x, "seed": seed, **options}
+        question_asked = {"n_samples": n_samples, "method": method, "wrt": wrt, "x": x, "seed": seed, **options}
         try:
-            expectation_gradient(model, f, params, **{**ask, "n_samples": min(n_samples, 320)})  # checks, and warms up
+            expectation_gradient(
+                model, f, params, **{**question_asked, "n_samples": min(n_samples, 320)}
+            )  # checks, and warms up
         except (DetachedError, JumpError, MethodError) as error:
             if methods is not None:
                 raise
             refused[method] = REASONS[type(error)]
             continue
-        result = expectation_gradient(model, f, params, check=False, **ask)
+        result = expectation_gradient(model, f, params, check=False, **question_asked)
         results[result.method] = result
     return Comparison(results, refused, _exact(results, exact))
 

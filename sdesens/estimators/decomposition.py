@@ -22,9 +22,10 @@ from sdesens.errors import ArgumentError, DetachedError, JumpError, MethodError
 from sdesens.estimate import Estimate
 from sdesens.estimators.draws import evaluate
 from sdesens.estimators.enumeration import values_of_component
-from sdesens.estimators.gradient import example_draws, expectation_gradient, question_of
+from sdesens.estimators.gradient import expectation_gradient
 from sdesens.estimators.laws import Law
-from sdesens.estimators.model import Function, Question, law_at
+from sdesens.estimators.model import Function, Question, ask, detached, law_at, with_graph
+from sdesens.estimators.run import example_draws
 from sdesens.tensors import coordinate_names
 
 TOLERANCE = 1e-9
@@ -107,7 +108,8 @@ def decompose(
     >>> round(float(found.terms["mean"].density), 6), round(float(found.terms["a"].explicit), 6)
     (6.0, 2.0)
     """
-    question, law = question_of(model, f, params, None, None)
+    question = detached(ask(model, f, params, None, None))
+    law = with_graph(question)
     reason = law.no_density()
     if reason is not None:
         raise ArgumentError(f"the law has no density to integrate: {reason}.")

@@ -10,27 +10,22 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
 from tqdm import tqdm
 
 from sdesens.errors import ArgumentError, ArgumentTypeError, MethodError, ZeroGradientWarning
 from sdesens.estimate import Estimate
-from sdesens.estimators.checks import check_functions, check_method, pathwise_jump
-from sdesens.estimators.laws import Law
-from sdesens.estimators.methods import Choice, applicable, choose
-from sdesens.estimators.model import Function, Question, ask
-from sdesens.estimators.run import Task, answer, exactly, regression, vectorises
-from sdesens.noise import Noise, Philox, independent
+from sdesens.estimators.checks import check_functions, check_method
+from sdesens.estimators.methods import choose
+from sdesens.estimators.model import Function, ask, detached, with_graph
+from sdesens.estimators.pilot import best, constants
+from sdesens.estimators.run import NO_CHOICE, Task, answer, check_samples, exactly, noise_of, vectorises
+from sdesens.noise import Noise
 from sdesens.problem import Problem
 from sdesens.sensitivity.probe import check_problem
-
-NO_CHOICE = Choice("", {}, False)
-PILOT = 2_000  # draws that a method is tried on
-CONSTANT = 10_000  # draws that the optimal constant is computed from
 
 
 @dataclass(frozen=True)
@@ -153,8 +148,8 @@ def expectation_gradient(
     2.0... +/- 0.0... (95% CI, n=10000)
     """
     began = time.perf_counter()
-    question = _detached(ask(model, f, params, wrt, x))
-    source = check_noise(seed, noise)
+    question = detached(ask(model, f, params, wrt, x))
+    source = noise_of(seed, noise)
     check_samples(n_samples, source)
     if check and isinstance(model, Problem):
         check_problem(model, question.theta, differentiated=method == "pathwise")
@@ -167,9 +162,9 @@ def expectation_gradient(
             raise ArgumentTypeError(
                 f"method='auto' takes no options, got {', '.join(options)}: name the method they belong to."
             )
-        choice, tried = _best(question, law, source, n_samples)
+        choice, tried = best(question, law, source, n_samples)
     else:
-        choice = choose(method, options, _with_graph(question), x is not None, n_samples)
+        choice = choose(method, options, with_graph(question), x is not None, n_samples)
     task = Task(question, choice, source, law, False)
     if check:
         check_method(task)
@@ -181,7 +176,7 @@ def expectation_gradient(
         def bar(parts):
             return tqdm(parts, desc=choice.name, unit="part", delay=2.0, leave=False, disable=None if progress is None else not progress)  # fmt: skip
 
-        found = answer(task, n_samples, _constants(task, n_samples), bar)
+        found = answer(task, n_samples, constants(task, n_samples), bar)
     value = found.pop("value")
     zero = [k for k, e in found.items() if not e.mean.any() and not e.standard_error.any()]
     if zero and check and not choice.exact and source.unit == 1:  # a mirrored pair may well add up to zero
@@ -221,7 +216,7 @@ def surrogate(
     True
     """
     question = ask(model, f, params, None, x)
-    source = check_noise(seed, noise)
+    source = noise_of(seed, noise)
     if n_samples < 1 or n_samples % source.unit:
         raise ArgumentError(f"`n_samples` must be a positive multiple of {source.unit}, got {n_samples}.")
     law = question.law(question.theta)
@@ -236,153 +231,3 @@ def surrogate(
         made = choice(task.draws(question.theta, eps, extra, x))
     mean = made.surrogate.mean()
     return made.values.mean() + (mean - mean.detach())
-
-
-class SampleTangents(NamedTuple):
-    """Draws (B, *event), the noise (B, *noise) they are made of, and by name their derivatives (B, *event, *shape)."""
-
-    z: Tensor
-    eps: Tensor
-    tangents: dict[str, Tensor]
-
-
-def sample_tangents(
-    model: Any,
-    params: Mapping[str, Tensor],
-    *,
-    n_samples: int,
-    wrt: Sequence[str] | str | None = None,
-    seed: int | None = None,
-    noise: Noise | None = None,
-) -> SampleTangents:
-    """How each draw moves with the parameters, its noise held fixed: dz/dp of z = g(eps; p).
-
-    Raises
-    ------
-    MethodError
-        If the draw is not a function of noise.
-
-    Example
-    -------
-    >>> from sdesens.estimators import Normal
-    >>> params = {"mean": torch.tensor(1.0), "scale": torch.tensor(2.0)}
-    >>> draws = sample_tangents(Normal, params, n_samples=5)
-    >>> bool((draws.tangents["mean"] == 1).all()), bool((draws.tangents["scale"] == draws.eps).all())
-    (True, True)
-    """
-    question = _detached(ask(model, _nothing, params, wrt, None))
-    law = question.law(question.theta)
-    task = Task(question, choose("pathwise", {}, law, False, 2), check_noise(seed, noise), law, True)
-    if task.opaque:
-        raise MethodError(
-            f"the draws of {type(law).__name__} are not made from our noise: their derivatives are inside torch's rsample."
-        )
-    eps, extra = task.normals(0, n_samples)
-
-    def one(theta: Mapping[str, Tensor], e: Tensor) -> tuple[Tensor, Tensor]:
-        z = task.draws(theta, e[None], extra[:1], None).made()[0]
-        return z, z
-
-    tangents, z = vmap(jacrev(one, has_aux=True), in_dims=(None, 0))(question.theta, eps)
-    return SampleTangents(z, eps, tangents)
-
-
-def _nothing(z: Tensor, p: Mapping[str, Tensor]) -> Tensor:
-    return z.flatten(1).sum(1)
-
-
-def check_noise(seed: int | None, noise: Noise | None) -> Noise:
-    """The noise of a run: the source given, or Philox of the seed (0 if left out)."""
-    if noise is not None and seed is not None:
-        raise ArgumentError("give `seed` or `noise`, not both: the seed is part of the noise.")
-    source = Philox(0 if seed is None else seed) if noise is None else noise
-    if not isinstance(source, Noise) or isinstance(source, type):
-        raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
-    if source.weights(0, 1, dtype=torch.float64, device=torch.device("cpu")) is not None:
-        raise ArgumentError("`noise` has path weights, which are for an SDE's Problem and `sdesens.sensitivity`.")
-    return source
-
-
-def check_samples(n_samples: int, source: Noise) -> None:
-    """Raise unless so many draws have a standard error."""
-    if isinstance(n_samples, bool) or not isinstance(n_samples, int):
-        raise ArgumentTypeError(f"`n_samples` must be an int, got {n_samples!r}: use int(...).")
-    if n_samples < 2 * source.unit or n_samples % source.unit:
-        raise ArgumentError(
-            f"`n_samples` must be at least {2 * source.unit}"
-            + (f" and a multiple of {source.unit}" if source.unit > 1 else "")
-            + f", got {n_samples}: fewer have no standard error."
-        )
-
-
-def question_of(
-    model: Any,
-    f: Function | None,
-    params: Mapping[str, Tensor] | None,
-    wrt: Sequence[str] | str | None,
-    x: Tensor | None,
-) -> tuple[Question, Law]:
-    """The question with its parameters detached, and the law at them, which sees what of it depends on them."""
-    question = _detached(ask(model, f, params, wrt, x))
-    return question, _with_graph(question)
-
-
-def example_draws(question: Question, law: Law, count: int) -> Tensor:
-    """Some draws, to see where a law is."""
-    task = Task(question, NO_CHOICE, Philox(0), law, False)
-    with torch.no_grad(), task.generator(0):
-        return law.draw(task.normals(0, count)[0])
-
-
-def _detached(q: Question) -> Question:
-    params = {k: v.detach() for k, v in q.params.items()}
-    return replace(q, params=params, theta={k: v.detach() for k, v in q.theta.items()})
-
-
-def _with_graph(q: Question) -> Law:
-    """The law with its graph, so that it can see which of its tensors depend on the parameters."""
-    with torch.enable_grad():
-        return q.law({k: v.detach().requires_grad_() for k, v in q.theta.items()})
-
-
-def _constants(task: Task, n_samples: int) -> dict[str, Tensor] | None:
-    """Multiples of the control, from draws of their own: computed from the same draws they would bias the result."""
-    if not task.controlled:
-        return None
-    other = independent(task.noise)
-    if other is task.noise:
-        raise ArgumentError(
-            "baseline='optimal' computes its constant from other noise, which given noise has not: give `seed`."
-        )
-    count = max(min(n_samples, CONSTANT), 100)
-    return regression(replace(task, noise=other), count - count % task.unit)
-
-
-def _best(question: Question, law: Law, noise: Noise, n_samples: int) -> tuple[Choice, dict[str, float | str]]:
-    """The unbiased method whose gradient varies least, and what was found of each."""
-    with_items, graph = question.x is not None, _with_graph(question)
-    names = applicable(graph, with_items)
-    if "enumerate" in names:
-        return choose("enumerate", {}, law, with_items, n_samples), {"enumerate": 0.0}
-    if not names:
-        choose("score_function", {}, graph, with_items, n_samples)  # says why it cannot be used
-    other = independent(noise)
-    count = min(n_samples, PILOT)
-    count -= count % (2 * noise.unit)
-    candidates = [choose(k, {}, law, with_items, count) for k in names if k != "rloo"]
-    if "score_function" in names and other is not noise:
-        candidates.append(choose("score_function", {"baseline": "optimal"}, law, with_items, count))
-    tried: dict[str, float | str] = {}
-    spread: list[tuple[float, Choice]] = []
-    for choice in candidates:
-        task = Task(question, choice, other, law, False)
-        if choice.name == "pathwise" and pathwise_jump(task):
-            tried[str(choice)] = "f jumps along the draw"
-            continue
-        task = replace(task, vectorised=vectorises(task))
-        found = answer(task, count, _constants(task, count))
-        variance = sum(float(e.standard_error.square().sum()) * e.n for k, e in found.items() if k != "value")
-        tried[str(choice)] = variance
-        spread.append((variance, choice))
-    best = min(spread, key=lambda found: found[0])[1]
-    return choose(best.name, best.options, law, with_items, n_samples), tried

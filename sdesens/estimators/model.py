@@ -7,7 +7,7 @@ a Problem      the Euler-Maruyama chain of an SDE, with the problem's own functi
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -160,3 +160,16 @@ def ask(model: Any, f: Function | None, params: Any, wrt: Sequence[str] | str | 
         raise ArgumentError(f"`wrt` must name parameters, each once, got {names!r}.")
     assert f is not None  # checked above
     return Question(model, f, dict(params), {k: params[k] for k in names}, x)
+
+
+def detached(q: Question) -> Question:
+    """The question with its parameters cut off from any graph."""
+    return replace(
+        q, params={k: v.detach() for k, v in q.params.items()}, theta={k: v.detach() for k, v in q.theta.items()}
+    )
+
+
+def with_graph(q: Question) -> Law:
+    """The law with its graph, so that it can see which of its tensors depend on the parameters."""
+    with torch.enable_grad():
+        return q.law({k: v.detach().requires_grad_() for k, v in q.theta.items()})

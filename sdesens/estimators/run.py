@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
-from sdesens.errors import NonFiniteError
+from sdesens.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from sdesens.estimate import Estimate, Moments, total
 from sdesens.estimators.draws import Draws
 from sdesens.estimators.enumeration import states
@@ -26,7 +26,7 @@ from sdesens.estimators.laws import Law
 from sdesens.estimators.methods import Choice
 from sdesens.estimators.model import Question, law_at
 from sdesens.estimators.torch_law import seeded
-from sdesens.noise import Noise
+from sdesens.noise import Noise, Philox, settle
 from sdesens.sde import Params
 
 TILE = 2**18  # numbers of the largest array of a tile
@@ -36,6 +36,7 @@ ROWS = 2**15  # numbers that torch adds up on one thread, whatever the number of
 UNIT = 10_000  # draws of the largest unit
 
 Gradients = dict[str, Tensor]
+NO_CHOICE = Choice("", {}, False)  # where draws alone are wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,3 +295,36 @@ def vectorises(task: Task) -> bool:
     except (RuntimeError, NotImplementedError):  # what torch raises for operations that vmap cannot take
         return False
     return True
+
+
+def example_draws(question: Question, law: Law, count: int) -> Tensor:
+    """Some draws, to see where a law is."""
+    task = Task(question, NO_CHOICE, Philox(0), law, False)
+    with torch.no_grad(), task.generator(0):
+        return law.draw(task.normals(0, count)[0])
+
+
+def noise_of(seed: int | None, noise: Noise | None) -> Noise:
+    """The noise of a run.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If both are given, or the noise is none or has weights.
+    """
+    source = settle(seed, noise)
+    if source.weights(0, 1, dtype=torch.float64, device=torch.device("cpu")) is not None:
+        raise ArgumentError("`noise` has path weights, which are for an SDE's Problem and `sdesens.sensitivity`.")
+    return source
+
+
+def check_samples(n_samples: int, source: Noise) -> None:
+    """Raise unless so many draws have a standard error."""
+    if isinstance(n_samples, bool) or not isinstance(n_samples, int):
+        raise ArgumentTypeError(f"`n_samples` must be an int, got {n_samples!r}: use int(...).")
+    if n_samples < 2 * source.unit or n_samples % source.unit:
+        raise ArgumentError(
+            f"`n_samples` must be at least {2 * source.unit}"
+            + (f" and a multiple of {source.unit}" if source.unit > 1 else "")
+            + f", got {n_samples}: fewer have no standard error."
+        )

@@ -1,5 +1,5 @@
 """Where randomness comes from: standard normals as addressable data."""
 
-from sdesens.noise.source import Antithetic, Coarsened, GivenNoise, Held, Noise, Philox, coarsen, independent
+from sdesens.noise.source import Antithetic, Coarsened, GivenNoise, Held, Noise, Philox, coarsen, independent, settle
 
-__all__ = ["Antithetic", "Coarsened", "GivenNoise", "Held", "Noise", "Philox", "coarsen", "independent"]
+__all__ = ["Antithetic", "Coarsened", "GivenNoise", "Held", "Noise", "Philox", "coarsen", "independent", "settle"]

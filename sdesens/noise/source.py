@@ -401,6 +401,22 @@ class _Summed:
         return [sum(fine[k * f + 1 : (k + 1) * f], fine[k * f]) / math.sqrt(f) for k in range(n_steps)]
 
 
+def settle(seed: int | None, noise: Noise | None) -> Noise:
+    """The noise of a run: the source given, or Philox of the seed (0 if left out).
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If both are given, or the source is none.
+    """
+    if noise is not None and seed is not None:
+        raise ArgumentError("give `seed` or `noise`, not both: the seed is part of the noise.")
+    source = Philox(0 if seed is None else seed) if noise is None else noise
+    if not isinstance(source, Noise) or isinstance(source, type):
+        raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
+    return source
+
+
 def independent(source: Noise) -> Noise:
     """The same kind of noise on other numbers: the next stream of the Philox beneath."""
     if isinstance(source, Philox):

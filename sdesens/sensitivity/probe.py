@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sdesens.errors import (
     ArgumentError,
-    ArgumentTypeError,
     DetachedError,
     NotAFunctionError,
     SdesensError,
@@ -22,7 +21,7 @@ from sdesens.errors import (
 )
 from sdesens.integrate.checks import PROBE_PATHS, PROBE_STREAM, check_finite_params, check_sde, check_shapes
 from sdesens.integrate.chunk import Chunk, Dynamics, advance
-from sdesens.noise import Noise, Philox
+from sdesens.noise import Noise, Philox, settle
 from sdesens.problem import Problem, Theta
 from sdesens.sde import require_ito
 from sdesens.sensitivity.tile import Tile, group_leaves
@@ -36,11 +35,7 @@ def noise_source(problem: Problem, seed: int | None, noise: Noise | None) -> Noi
     ArgumentError, ArgumentTypeError
         If both are given, the source is none, or it holds another number of steps than the problem has.
     """
-    if noise is not None and seed is not None:
-        raise ArgumentError("give `seed` or `noise`, not both: the seed is part of the noise.")
-    source = Philox(0 if seed is None else seed) if noise is None else noise
-    if not isinstance(source, Noise) or isinstance(source, type):
-        raise ArgumentTypeError(f"`noise` must be a noise source such as Philox(seed), got {type(noise).__name__}.")
+    source = settle(seed, noise)
     if source.n_steps not in (None, problem.n_steps):
         raise ArgumentError(
             f"the given noise holds {source.n_steps} steps, the problem has n_steps = {problem.n_steps}."

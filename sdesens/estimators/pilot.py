@@ -1,0 +1,62 @@
+"""Short runs on other noise that a longer run learns from: which method varies least, and the best constant for the score.
+
+On other noise, so that what is learnt does not depend on the draws it is used for: the run stays unbiased.
+"""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from sdesens.errors import ArgumentError
+from sdesens.estimators.checks import pathwise_jump
+from sdesens.estimators.laws import Law
+from sdesens.estimators.methods import Choice, applicable, choose
+from sdesens.estimators.model import Question, with_graph
+from sdesens.estimators.run import Task, answer, regression, vectorises
+from sdesens.noise import Noise, independent
+
+PILOT = 2_000  # draws that a method is tried on
+CONSTANT = 10_000  # draws that the optimal constant is computed from
+
+
+def constants(task: Task, n_samples: int) -> dict[str, Tensor] | None:
+    """Multiples of the control, from draws of their own: computed from the same draws they would bias the result."""
+    if not task.controlled:
+        return None
+    other = independent(task.noise)
+    if other is task.noise:
+        raise ArgumentError(
+            "baseline='optimal' computes its constant from other noise, which given noise has not: give `seed`."
+        )
+    count = max(min(n_samples, CONSTANT), 100)
+    return regression(replace(task, noise=other), count - count % task.unit)
+
+
+def best(question: Question, law: Law, noise: Noise, n_samples: int) -> tuple[Choice, dict[str, float | str]]:
+    """The unbiased method whose gradient varies least, and what was found of each."""
+    with_items, graph = question.x is not None, with_graph(question)
+    names = applicable(graph, with_items)
+    if "enumerate" in names:
+        return choose("enumerate", {}, law, with_items, n_samples), {"enumerate": 0.0}
+    if not names:
+        choose("score_function", {}, graph, with_items, n_samples)  # says why it cannot be used
+    other = independent(noise)
+    count = min(n_samples, PILOT)
+    count -= count % (2 * noise.unit)
+    candidates = [choose(k, {}, law, with_items, count) for k in names if k != "rloo"]
+    if "score_function" in names and other is not noise:
+        candidates.append(choose("score_function", {"baseline": "optimal"}, law, with_items, count))
+    tried: dict[str, float | str] = {}
+    spread: list[tuple[float, Choice]] = []
+    for choice in candidates:
+        task = Task(question, choice, other, law, False)
+        if choice.name == "pathwise" and pathwise_jump(task):
+            tried[str(choice)] = "f jumps along the draw"
+            continue
+        task = replace(task, vectorised=vectorises(task))
+        found = answer(task, count, constants(task, count))
+        variance = sum(float(e.standard_error.square().sum()) * e.n for k, e in found.items() if k != "value")
+        tried[str(choice)] = variance
+        spread.append((variance, choice))
+    least = min(spread, key=lambda found: found[0])[1]
+    return choose(least.name, least.options, law, with_items, n_samples), tried
