@@ -5,7 +5,6 @@ continuous adjoints do not: they must approach the pathwise gradient as dt shrin
 a refinement study can tell that from an error. `sdesens.verdict` says what passes; this file runs the routes and shows them.
 """
 
-import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from sdesens.blocks import BLOCK, tangents
@@ -25,6 +23,7 @@ from sdesens.problem import Problem, Theta
 from sdesens.refinement import Refinement
 from sdesens.refinement import refine as run_refinement
 from sdesens.sensitivity import METHODS
+from sdesens.tables import as_text
 from sdesens.verdict import RELATION, Answer, Comparison, Evidence, compare, failed, farthest, hold_against
 
 MANY = 50  # components of theta beyond which central differences, two runs each, are left out unless asked for
@@ -127,11 +126,7 @@ class CrossCheck:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        out = io.StringIO()
-        console = Console(width=150, file=out, emoji=False, markup=False, highlight=False)
-        console.print(self.table())
-        console.print(self.cost_table())
-        return out.getvalue()
+        return as_text(self.table(), self.cost_table())
 
 
 def crosscheck(

@@ -21,12 +21,12 @@ MAY_IMPORT = {
     "blocks": {"errors", "tensors", "noise", "sde", "problem", "integrate", "sensitivity", "estimate"},
     "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals"},
 }
-MAY_IMPORT["memory"] = MAY_IMPORT["audit"] = set()
-MAY_IMPORT["estimators"] = MAY_IMPORT["blocks"] - {"blocks"} | {"audit"}
+MAY_IMPORT["memory"] = MAY_IMPORT["audit"] = MAY_IMPORT["tables"] = set()
+MAY_IMPORT["estimators"] = MAY_IMPORT["blocks"] | {"audit", "tables"}
 MAY_IMPORT["montecarlo"] = MAY_IMPORT["blocks"] | {"blocks"}
 MAY_IMPORT["refinement"] = MAY_IMPORT["montecarlo"]
 MAY_IMPORT["verdict"] = MAY_IMPORT["montecarlo"] | {"montecarlo", "refinement"}
-MAY_IMPORT["crosscheck"] = MAY_IMPORT["verdict"] | {"verdict", "memory"}
+MAY_IMPORT["crosscheck"] = MAY_IMPORT["verdict"] | {"verdict", "memory", "tables"}
 MAY_IMPORT["examples"] = MAY_IMPORT["crosscheck"] | {"estimators"}
 MAY_IMPORT["plot"] = MAY_IMPORT["crosscheck"] | {"estimators"}
 MAY_IMPORT["cli"] = MAY_IMPORT["plot"] | {"crosscheck", "plot", "models"}

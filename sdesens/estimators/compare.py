@@ -20,6 +20,7 @@ from sdesens.errors import ArgumentError, DetachedError, JumpError, MethodError
 from sdesens.estimators.gradient import ExpectationGradient, expectation_gradient
 from sdesens.estimators.methods import applicable
 from sdesens.estimators.model import Function, ask, detached, with_graph
+from sdesens.tables import as_text
 from sdesens.tensors import coordinate_names
 
 Spec = str | tuple[str, dict[str, Any]]
@@ -105,13 +106,7 @@ class Comparison:
         return {"rows": self.rows(), "refused": dict(self.refused)}
 
     def __repr__(self) -> str:
-        from io import StringIO
-
-        from rich.console import Console
-
-        console = Console(file=StringIO(), width=150, emoji=False, markup=False, highlight=False)
-        console.print(self.table())
-        return console.file.getvalue().rstrip()  # type: ignore[attr-defined]
+        return as_text(self.table())
 
 
 def compare(

@@ -26,6 +26,7 @@ from sdesens.estimators.gradient import expectation_gradient
 from sdesens.estimators.laws import Law
 from sdesens.estimators.model import Function, Question, ask, detached, law_at, with_graph
 from sdesens.estimators.run import example_draws
+from sdesens.tables import as_text
 from sdesens.tensors import coordinate_names
 
 TOLERANCE = 1e-9
@@ -81,6 +82,9 @@ class Decomposition:
                     found = [f"{e.mean.flatten()[i]:.6g} +- {e.standard_error.flatten()[i]:.2g}" for e in by.values()]
                     table.add_row(where, label, f"{integral.flatten()[i]:.8g}", *found)
         return table
+
+    def __repr__(self) -> str:
+        return as_text(self.table())
 
 
 def decompose(
