@@ -20,7 +20,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-STEPS = (0.04, 0.01, 0.0025, 0.000625)
+# steps that are always tried; odd numbers, for a step that is a whole number of roundings would see none
+LARGEST, SMALLEST, RATIO = 0.0371931, 0.0005, 4.0
+FINEST = 2e-6  # below it, numbers that are rounded to float32 somewhere would look like jumps
 FEW = 4  # paths that must contribute for a step to be usable
 ROUNDING = 1e3  # units of rounding below which a difference is not looked at
 
@@ -47,18 +49,30 @@ def jumps(F: Callable[[float], Tensor]) -> bool:
     with torch.no_grad():
         here = F(0.0).double()
         floor = ROUNDING * torch.finfo(F(0.0).dtype).eps * here.abs().nan_to_num(0, 0, 0)
-        usable = []
-        for e in STEPS:
+        usable: list[tuple[float, float, float]] = []
+        e = LARGEST
+        while e >= SMALLEST or (e >= FINEST and _unsettled(usable)):
             d = (F(e).double() - 2 * here + F(-e).double()).abs()
             d = torch.where(torch.isfinite(d) & (d > floor), d, 0.0)
             first, second = float(d.sum()), float(d.square().sum())
             if second > 0 and first**2 / second >= FEW:
                 usable.append((e, second / first, first**2 / second / len(d)))
+            e /= RATIO
         while len(usable) > 1 and usable[-1][2] > 3 * usable[-2][2]:
             usable.pop()  # no path happens to jump within so small an e, and the rest of F is all that is left
         if len(usable) < 2:
             return False
-        (e1, size1, share1), (e0, size0, share0) = usable[-2:]
-        per_step = math.log(e1 / e0)
-        stays = math.log(size1 / size0) / per_step < 0.35
-        return stays and (share0 < 0.1 or math.log(share1 / share0) / per_step > 0.4)
+        size, share = _slopes(usable)
+        return size < 0.35 and (usable[-1][2] < 0.1 or share > 0.4)
+
+
+def _slopes(usable: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """Logarithmic slopes of size and share between the two smallest usable e."""
+    (e1, size1, share1), (e0, size0, share0) = usable[-2:]
+    per_step = math.log(e1 / e0)
+    return math.log(size1 / size0) / per_step, math.log(share1 / share0) / per_step
+
+
+def _unsettled(usable: list[tuple[float, float, float]]) -> bool:
+    """Whether size has not begun to fall although many paths contribute: jumps on a scale finer than e, or a steep slope."""
+    return bool(usable) and usable[-1][2] >= 0.1 and (len(usable) < 2 or _slopes(usable)[0] < 0.35)

@@ -119,7 +119,9 @@ def models() -> None:
 
 @app.command()
 def estimators(
-    out: Annotated[Path, typer.Option(help="Write OUT.csv and OUT.png.")] = Path("estimators"),
+    out: Annotated[
+        Path, typer.Option(help="Write OUT.csv and OUT.png; into a folder, estimators.csv and estimators.png.")
+    ] = Path("estimators"),
     samples: Annotated[int, typer.Option(help="Draws at each point.")] = 100_000,
     mean: Annotated[float, typer.Option(help="Mean of the normal law.")] = 1.0,
     scale: Annotated[float, typer.Option(help="Standard deviation of the normal law.")] = 1.0,
@@ -128,6 +130,10 @@ def estimators(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Sample the variance of gradient estimators on three costs of a normal draw, beside the exact variances."""
+    if out.suffix in (".png", ".csv"):
+        out = out.with_suffix("")
+    if out.is_dir():
+        out = out / "estimators"
     picture, table = out.with_name(out.name + ".png"), out.with_name(out.name + ".csv")
     check_file(picture)
     study = variance_study(mean=mean, scale=scale, n_samples=samples, seed=seed, costs=_split(costs) or tuple(COSTS))

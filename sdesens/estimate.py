@@ -90,7 +90,8 @@ class Estimate:
 
     def __repr__(self) -> str:
         if self.mean.numel() > 6:
-            return f"Estimate(shape={tuple(self.mean.shape)}, n={self.n})"
+            mean, error = (float(x.norm()) for x in (self.mean, self.standard_error))
+            return f"Estimate(shape={tuple(self.mean.shape)}, n={self.n}), norm {mean:.4g}, norm of standard errors {error:.2g}"
         pairs = zip(self.mean.flatten().tolist(), self._half_width(0.95).flatten().tolist(), strict=True)
         text = [_with_error(m, h) for m, h in pairs]
         body = text[0] if self.mean.dim() == 0 else "[" + ", ".join(text) + "]"

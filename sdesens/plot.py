@@ -152,7 +152,9 @@ def variance_study(study: Study, *, axes: Any = None) -> Any:
         ax.set_title(f"f = {COSTS[cost][1].replace('^2', '²')}, derivative in the {parameter}", fontsize="medium")
         ax.set(xlabel="k", ylabel="variance of one draw")
     lines, labels = axes[0, 0].get_legend_handles_labels()
-    axes[0, 0].figure.legend(lines, labels, fontsize="small", ncols=len(points[0].variance), loc="outside lower center")
+    axes[0, 0].figure.legend(
+        lines, labels, fontsize="small", ncols=2 if len(costs) < 3 else len(lines) // 2, loc="outside lower center"
+    )
     return axes
 
 
@@ -191,7 +193,8 @@ def comparison(found: Comparison, parameter: str, *, axes: Any = None) -> Any:
     if rows[0]["bias"] is not None:
         left.axvline(rows[0]["mean"] - rows[0]["bias"], color="0.4", linewidth=0.8, label="exact")
         left.legend(fontsize="small")
-    left.set(xlabel=f"d/d {parameter}, with 95 % intervals", title="estimates")
+    refused = f" (refused: {', '.join(found.refused)})" if found.refused else ""
+    left.set(xlabel=f"d/d {parameter}, with 95 % intervals", title=f"estimates{refused}")
     for place, row in zip(places, rows, strict=True):
         if row["variance_x_time"] > 0:
             look = {"marker": "s", "color": "C0", "markerfacecolor": "none" if row["biased"] else "C0"}

@@ -195,3 +195,12 @@ def test_estimators_refuses_bad_options(arguments, tmp_path, monkeypatch):
     result = CliRunner().invoke(app, ["estimators", *arguments])
     assert isinstance(result.exception, SdesensError)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("out", "found"), [(".", "estimators"), ("pic.png", "pic")])
+def test_estimators_into_a_folder_or_a_named_picture(out, found, tmp_path):
+    result = CliRunner().invoke(
+        app, ["estimators", "--samples", "40", "--costs", "quadratic", "--out", str(tmp_path / out)]
+    )
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{found}.csv", f"{found}.png"]

@@ -177,7 +177,7 @@ def test_the_repr_shows_two_digits_of_the_error(mean, half, text):
 def test_the_repr_of_tensors():
     x = torch.stack((torch.tensor([1.0, 2.0, 3.0, 2.0]), torch.tensor([10.0, 30.0, 10.0, 30.0])), 1)
     assert repr(Estimate.from_samples(x)) == "[2.0 +/- 1.3, 20 +/- 18] (95% CI, n=4)"
-    assert repr(Estimate.from_samples(normal(4, 7))) == "Estimate(shape=(7,), n=4)"
+    assert repr(Estimate.from_samples(normal(4, 7))).startswith("Estimate(shape=(7,), n=4), norm 0.78")
 
 
 def test_to_dict_is_plain():

@@ -58,7 +58,7 @@ def values(n):
 
 REFUSED = {
     # methods and options
-    "no such method": (ask(method="magic"), ArgumentError, "'auto' or one of"),
+    "no such method": (ask(method="magic"), ArgumentError, "or 'auto' in"),
     "no such option": (ask(method="pathwise", temperature=1.0), ArgumentTypeError, "'temperature' is not an option"),
     "options for auto": (ask(baseline="optimal"), ArgumentTypeError, "takes no options"),
     "temperature 0": (ask(Bernoulli, params=COIN, method="gumbel_softmax", temperature=0.0), ArgumentError, "`temperature`"),
@@ -68,7 +68,7 @@ REFUSED = {
     "group 3 of 100": (ask(method="rloo", group=3), ArgumentError, "divides n_samples = 100"),
     "group 1": (ask(method="rloo", group=1), ArgumentError, "`group` must be an int in 2"),
     "group of all": (ask(method="rloo", group=100), ArgumentError, "one group has no standard error"),
-    "prime number of draws": (ask(method="rloo", n_samples=101), ArgumentError, "multiple of 4"),
+    "prime number of draws": (ask(method="rloo", n_samples=101), MethodError, "make it even"),
     "group without leave one out": (ask(method="score_function", group=2), ArgumentError, "leave_one_out"),
     "support too large": (ask(Bernoulli, params={"logits": torch.zeros(20)}, method="enumerate"), MethodError, "1048576 values"),
     "max_states": (ask(Bernoulli, params=COIN, method="enumerate", max_states=1), MethodError, "more than max_states = 1"),
@@ -119,6 +119,11 @@ REFUSED = {
     "f is NaN": (ask(f=lambda z, p: torch.log(z), method="score_function"), NonFiniteError, "`f` is NaN or infinite"),
     "f is cut off": (ask(f=lambda z, p: (z > 0).to(z.dtype), method="pathwise"), DetachedError, "cut off from z"),
     "f is detached": (ask(f=lambda z, p: z.detach() ** 2 + p["mean"], method="pathwise"), DetachedError, "cut off from z"),
+    "f is cut off in part": (ask(f=lambda z, p: z * z.detach(), method="pathwise"), DetachedError, "a part of it is detached"),
+    "a parameter of f is detached in part": (ask(f=lambda z, p: p["mean"] * p["mean"].detach() * z, method="score_function"), DetachedError, "`f` depends on 'mean'"),
+    "a parameter of the law is detached in part": (ask(lambda p: Normal(p["mean"] * p["mean"].item(), p["scale"]), method="pathwise"), DetachedError, "the law depends on 'mean'"),
+    "the same by its density": (ask(lambda p: Normal(p["mean"] * p["mean"].item(), p["scale"]), method="score_function"), DetachedError, "the law depends on 'mean'"),
+    "f jumps in small steps": (ask(f=lambda z, p: z * torch.floor(1000 * z) / 1000, method="pathwise"), JumpError, "along z"),
     "f jumps": (ask(f=lambda z, p: torch.round(z) * z, method="pathwise"), JumpError, "'score_function', 'rloo', 'measure_valued'"),
     "f jumps in a parameter": (ask(f=lambda z, p: torch.sign(z - p["a"]) * p["a"], params={**P, "a": scalar(0.5)}, method="score_function"), JumpError, "parameters themselves"),
     # parameters
@@ -142,6 +147,20 @@ REFUSED = {
         ArgumentError, "give `seed`"),
     "constant from given noise": (ask(noise=GivenNoise(torch.randn(1, 100, 1, dtype=F64)), method="score_function", baseline="optimal"), ArgumentError, "other noise"),
     # items
+    "a model that mixes items": (
+        ask(lambda x, p: Normal(p["mean"] * (x[:, 0] - 0.5 * x[:, 0].mean()), torch.ones(len(x), dtype=F64)), params={"mean": scalar(1.0)}, f=lambda z, x, p: z, x=values(4)[:, None]),
+        NotAFunctionError, "the model mixes items"),
+    "f that mixes items": (
+        ask(lambda x, p: Normal(p["mean"] * x[:, 0], torch.ones(len(x), dtype=F64)), params={"mean": scalar(1.0)}, f=lambda z, x, p: z * (x[:, 0] - x[:, 0].mean()), x=values(4)[:, None]),
+        NotAFunctionError, "mixes"),
+    "g that mixes rows": (ask(Reparameterised(lambda e, p: p["mean"] + p["scale"] * (e[:, 0] - e[:, 0].mean()), 1)), NotAFunctionError, "mixes rows of its noise"),
+    "density without its constant": (ask(Sampler(lambda n, p: torch.poisson(p["r"].expand(n)), lambda z, p: z * p["r"].log()), params={"r": scalar(2.0)}), ArgumentError, "no log density"),
+    "density of another law": (ask(Reparameterised(lambda e, p: p["mean"] + e[:, 0], 1, lambda z, p: -((z - p["mean"]) ** 2)), params={"mean": scalar(1.0)}), ArgumentError, "does not belong"),
+    "draws that torch clamps": (ask(td.Beta, params={"concentration0": scalar(0.01), "concentration1": scalar(0.01)}, f=lambda z, p: z), ArgumentError, "no log density"),
+    "a sampler with its own seed": (ask(Sampler(lambda n, p: p["mean"] + torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=F64), lambda z, p: 0 * z * p["mean"]), params={"mean": scalar(0.0)}), NotAFunctionError, "torch's generator"),
+    "score at a probability of 0": (ask(Categorical, params={"probs": torch.tensor([0.0, 0.5, 0.5], dtype=F64)}, method="rloo"), MethodError, "never drawn"),
+    "arm at a probability of 1": (ask(Bernoulli, params={"probs": scalar(1.0)}, method="arm"), MethodError, "never drawn"),
+    "nothing applies": (ask(Reparameterised(lambda e, p: p["mean"] + e[:, 0], 1), params={"mean": scalar(0.1)}, f=lambda z, p: torch.where(z > 0, z + 1, z)), MethodError, "no unbiased method can answer"),
     "items with a class": (ask(x=torch.zeros(3, 1, dtype=F64), f=lambda z, x, p: z), ArgumentTypeError, r"\(x, p\) -> law"),
     "a law that ignores the items": (
         ask(lambda x, p: Normal(p["mean"], p["scale"]), f=lambda z, x, p: z, x=torch.zeros(3, 1, dtype=F64)), ShapeError, "first axis runs over the 3 items"),
@@ -150,14 +169,19 @@ REFUSED = {
     # the other functions
     "tangents of a coin": (lambda: sample_tangents(Bernoulli, COIN, n_samples=3), MethodError, "a draw has no derivative"),
     "tangents of gamma": (lambda: sample_tangents(td.Gamma, {"concentration": scalar(2.0), "rate": scalar(1.0)}, n_samples=3), MethodError, "rsample"),
-    "surrogate without draws": (lambda: surrogate(Normal, square, P, n_samples=0), ArgumentError, "`n_samples`"),
-    "surrogate with a pilot": (lambda: surrogate(Normal, square, P, n_samples=4, method="score_function", baseline="optimal"), MethodError, "pilot"),
+    "surrogate without draws": (lambda: surrogate(Normal, square, P, n_samples=0, seed=1), ArgumentError, "`n_samples`"),
+    "surrogate with a pilot": (lambda: surrogate(Normal, square, P, n_samples=4, method="score_function", baseline="optimal", seed=1), MethodError, "pilot"),
+    "surrogate without a seed": (lambda: surrogate(Normal, square, P), ArgumentError, "give `seed`"),
+    "surrogate by auto": (lambda: surrogate(Normal, square, P, method="auto", seed=1), ArgumentError, "in expectation_gradient"),
     "no methods": (lambda: compare(Normal, square, P, methods=()), ArgumentError, "`methods` is empty"),
     "exact for some": (lambda: compare(Normal, square, P, n_samples=100, exact={"mean": 2.0}), ArgumentError, "no 'scale'"),
     "exact of another shape": (lambda: compare(Normal, square, P, n_samples=100, exact={"mean": torch.zeros(2), "scale": 2.0}), ArgumentError, "the shape"),
     "integral of a coin": (lambda: decompose(Bernoulli, square, COIN), ArgumentError, "discrete"),
     "integral in three dimensions": (lambda: decompose(Normal, square, {"mean": torch.zeros(3), "scale": torch.ones(3)}), ArgumentError, "one or two numbers"),
     "integral without a density": (lambda: decompose(Reparameterised(lambda e, p: p["mean"] + e[:, 0], 1), square, P), ArgumentError, "no density"),
+    "integral of a poisson": (lambda: decompose(td.Poisson, square, {"rate": scalar(2.0)}), ArgumentError, "discrete"),
+    "integral of a jump in a parameter": (lambda: decompose(Normal, lambda z, p: torch.where(z > p["mean"], z + 1, z), P), JumpError, "parameters themselves"),
+    "study of odd draws": (lambda: variance_study(n_samples=2001), ArgumentError, "even"),
     "study of another cost": (lambda: variance_study(costs=("tan",)), ArgumentError, "'tan'"),
 }  # fmt: skip
 
@@ -225,6 +249,7 @@ JUMPS = {
     "argmax": (lambda z: (torch.stack((z, z**2), 1).argmax(1)).double(), True),
     "where": (lambda z: torch.where(z > 0, z + 1, z), True),
     "fine rounding": (lambda z: torch.round(100 * z), True),
+    "finer rounding than any step that is always tried": (lambda z: z + torch.round(1e4 * z) / 1e4, True),
     "relu": (torch.relu, False),
     "absolute value": (torch.abs, False),
     "square": (torch.square, False),
@@ -234,6 +259,8 @@ JUMPS = {
     "jump that is multiplied away": (lambda z: z * torch.sign(z), False),
     "steep sigmoid": (lambda z: torch.sigmoid(50 * z), False),
     "steep cosine": (lambda z: torch.cos(100 * z), False),
+    "steeper cosine": (lambda z: torch.cos(1e4 * z), False),
+    "a detour through float32": (lambda z: torch.sin(z.float()).double(), False),
     "steep exponential": (lambda z: torch.exp(5 * z), False),
     "huge numbers": (lambda z: 1e12 + z, False),
     "tiny numbers": (lambda z: 1e-12 * z**3, False),

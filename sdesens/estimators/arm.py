@@ -25,4 +25,4 @@ def arm(draws: Draws) -> Surrogate:
 
 def needs_coins(law: Law) -> str | None:
     """Why (1) cannot be used."""
-    return None if isinstance(law, Bernoulli) else "it is written for Bernoulli laws"
+    return law.no_density() if isinstance(law, Bernoulli) else "it is written for Bernoulli laws"

@@ -24,11 +24,6 @@ from sdesens.tables import as_text
 from sdesens.tensors import coordinate_names
 
 Spec = str | tuple[str, dict[str, Any]]
-REASONS = {
-    DetachedError: "f is cut off from z: it has no derivative",
-    JumpError: "f jumps along z, its derivative misses the jump",
-    MethodError: "the law does not have what it needs",
-}
 SHOWN = 6  # coordinates of a parameter that a table shows
 
 
@@ -74,6 +69,7 @@ class Comparison:
                             "bias": bias,
                             "bias_in_standard_errors": bias / se if bias is not None and se > 0 else None,
                             "coordinate": i,
+                            "size": len(labels),
                         }
                     )
         return rows
@@ -84,6 +80,9 @@ class Comparison:
         table = Table(*headings, *(["minus exact", "in std. errors"] if self.exact is not None else []))
         for row in self.rows():
             if row["coordinate"] >= SHOWN:
+                if row["coordinate"] == SHOWN:
+                    more = row["size"] - SHOWN
+                    table.add_row(row["method"], f"... {more} more", "in rows()")
                 continue
             cells = [
                 row["method"] + (" BIASED" if row["biased"] else ""),
@@ -146,9 +145,9 @@ def compare(
     >>> [method for method, r in found.results.items() if r.biased]
     ['gumbel_softmax', 'straight_through']
     """
+    question = detached(ask(model, f, params, wrt, x))
     specs = [(m, {}) if isinstance(m, str) else m for m in methods] if methods is not None else None
     if specs is None:
-        question = detached(ask(model, f, params, wrt, x))
         law = with_graph(question)
         specs = [(m, {}) for m in applicable(law, question.x is not None, biased=True)]
         if ("score_function", {}) in specs:
@@ -158,18 +157,22 @@ def compare(
     results: dict[str, ExpectationGradient] = {}
     refused: dict[str, str] = {}
     for method, options in specs:
-        question_asked = {"n_samples": n_samples, "method": method, "wrt": wrt, "x": x, "seed": seed, **options}
+        asked = {"n_samples": n_samples, "method": method, "wrt": wrt, "x": x, "seed": seed, **options}
         try:
-            expectation_gradient(
-                model, f, params, **{**question_asked, "n_samples": min(n_samples, 320)}
-            )  # checks, and warms up
+            few = n_samples if n_samples < 640 else 320
+            expectation_gradient(model, f, params, **{**asked, "n_samples": few})  # checks, and warms up
+            result = expectation_gradient(model, f, params, check=False, **asked)
         except (DetachedError, JumpError, MethodError) as error:
             if methods is not None:
                 raise
-            refused[method] = REASONS[type(error)]
+            refused[method] = str(error).split(", so ")[0].split(": ")[0].split(" (")[0]
             continue
-        result = expectation_gradient(model, f, params, check=False, **question_asked)
         results[result.method] = result
+    if exact is None and "enumerate" in applicable(with_graph(question), x is not None):
+        by_sum = results.get("enumerate") or expectation_gradient(
+            model, f, params, n_samples=2, method="enumerate", wrt=wrt, x=x, check=False
+        )
+        exact = {k: e.mean for k, e in by_sum.gradient.items()}
     return Comparison(results, refused, _exact(results, exact))
 
 
@@ -178,7 +181,7 @@ def _exact(
 ) -> dict[str, Tensor] | None:
     shapes = next(iter(results.values())).gradient if results else {}
     if given is None:
-        return {k: e.mean for k, e in results["enumerate"].gradient.items()} if "enumerate" in results else None
+        return None
     answer = {}
     for name, estimate in shapes.items():
         if name not in given:

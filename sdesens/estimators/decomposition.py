@@ -7,6 +7,7 @@ be written as q times something (the score function), or a draw that moves with 
 the integral it is, beside both.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError, DetachedError, JumpError, MethodError
 from sdesens.estimate import Estimate
+from sdesens.estimators.checks import check_explicit
 from sdesens.estimators.draws import evaluate
 from sdesens.estimators.enumeration import values_of_component
 from sdesens.estimators.gradient import expectation_gradient
 from sdesens.estimators.laws import Law
 from sdesens.estimators.model import Function, Question, ask, detached, law_at, with_graph
-from sdesens.estimators.run import example_draws
+from sdesens.estimators.run import NO_CHOICE, Task, example_draws
+from sdesens.noise import Philox
 from sdesens.tables import as_text
 from sdesens.tensors import coordinate_names
 
@@ -103,6 +106,8 @@ def decompose(
     ------
     ArgumentError
         If the law has no density, is discrete or has more than two dimensions, or if an integral does not converge.
+    JumpError
+        If f jumps in the parameters at a fixed draw: the second integral would miss the jump.
 
     Example
     -------
@@ -117,10 +122,12 @@ def decompose(
     reason = law.no_density()
     if reason is not None:
         raise ArgumentError(f"the law has no density to integrate: {reason}.")
-    if values_of_component(law) is not None:
+    z = example_draws(question, law, POSITIONED)
+    if values_of_component(law) is not None or bool((z == z.round()).all()):
         raise ArgumentError("the law is discrete: its integral is the sum that method='enumerate' takes.")
     p = question.params
-    density, explicit, error = _integrals(question, law)
+    check_explicit(Task(question, NO_CHOICE, Philox(0), law, False))
+    density, explicit, error = _integrals(question, law, z)
 
     def frozen_law(_: Mapping[str, Tensor]) -> Law:
         return law_at(model, None, p)
@@ -141,9 +148,8 @@ def decompose(
     return Decomposition(terms, error, refused)
 
 
-def _integrals(question: Question, law: Law) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
-    """Both integrals by parameter, and the estimated error."""
-    z = example_draws(question, law, POSITIONED)
+def _integrals(question: Question, law: Law, z: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+    """Both integrals by parameter, and the estimated error; some draws z say where the law is."""
     event, ndim = z.shape[1:], z[0].numel()
     if ndim > 2:
         raise ArgumentError(
@@ -162,7 +168,7 @@ def _integrals(question: Question, law: Law) -> tuple[dict[str, Tensor], dict[st
 
     found = integrate.cubature(integrand, low, high, rtol=TOLERANCE, atol=TOLERANCE, max_subdivisions=SUBDIVISIONS)
     error = float(np.max(found.error))
-    if found.status != "converged":
+    if found.status != "converged" or not math.isfinite(error):
         raise ArgumentError(
             f"an integral did not converge, its error is about {error:.1g}: f or the density is too rough."
         )

@@ -26,7 +26,10 @@ def enumerate_states(draws: Draws) -> Surrogate:
     states = support.to(draws.eps.dtype)[index].reshape(-1, *item, *event)
     if draws.x is not None:
         states = states[:, None].expand(-1, batch[0], *states.shape[1:])
-    q = draws.log_prob(states).exp()
+    law = draws.law
+    q = law.prob(states) if isinstance(law, Bernoulli | Categorical) else law.log_prob(states).exp()
+    q = q.reshape(*q.shape[: 1 if draws.x is None else 2], -1).prod(-1)  # of independent components
+    q = q[:, None] if draws.x is None else q
     values = draws.value(states)
     mean = (q * values).sum(0, keepdim=True)
     return Surrogate(mean.detach(), mean)

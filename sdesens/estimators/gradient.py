@@ -71,7 +71,8 @@ class ExpectationGradient:
 
     def __repr__(self) -> str:
         bias = ", BIASED" if self.biased else ""
-        lines = [f"ExpectationGradient by {self.method}{bias}, {self.n_samples} draws, {self.seconds:.2f} s"]
+        draws = "no draws" if self.method.startswith("enumerate") else f"{self.n_samples} draws"
+        lines = [f"ExpectationGradient by {self.method}{bias}, {draws}, {self.seconds:.2f} s"]
         rows = {"value": self.value, **{f"d/d {k}": v for k, v in self.gradient.items()}}
         width = max(map(len, rows))
         return "\n".join(lines + [f"  {name:<{width}}  {estimate!r}" for name, estimate in rows.items()])
@@ -152,7 +153,7 @@ def expectation_gradient(
     source = noise_of(seed, noise)
     check_samples(n_samples, source)
     if check and isinstance(model, Problem):
-        check_problem(model, question.theta, differentiated=method == "pathwise")
+        check_problem(model, question.theta, differentiated=False)
     law = question.law(question.theta)
     if check:
         check_functions(Task(question, NO_CHOICE, source, law, False))
@@ -181,18 +182,23 @@ def expectation_gradient(
     zero = [k for k, e in found.items() if not e.mean.any() and not e.standard_error.any()]
     if zero and check and not choice.exact and source.unit == 1:  # a mirrored pair may well add up to zero
         warnings.warn(
-            f"the {choice.name} gradient with respect to {', '.join(map(repr, zero))} is exactly zero on every draw: either the "
-            "result does not depend on it, or f jumps and its derivative misses the jump: compare with method='score_function'.",
+            f"the {choice.name} gradient with respect to {', '.join(map(repr, zero))} is exactly zero on every draw: the result does "
+            "not depend on it"
+            + (
+                ", or f jumps and its derivative misses the jump: compare with method='score_function'."
+                if choice.name == "pathwise"
+                else ", or f is the same number on every draw: take more."
+            ),
             ZeroGradientWarning,
-            stacklevel=2,
+            stacklevel=3,  # inference_mode's wrapper stands between
         )
     return ExpectationGradient(value, found, str(choice), choice.biased, n_samples, time.perf_counter() - began, tried)
 
 
 def surrogate(
     model: Any,
-    f: Function,
-    params: Mapping[str, Tensor],
+    f: Function | None = None,
+    params: Mapping[str, Tensor] | None = None,
     *,
     n_samples: int = 1,
     method: str = "pathwise",
@@ -203,8 +209,9 @@ def surrogate(
 ) -> Tensor:
     """The Monte Carlo mean of f as a 0-dim tensor whose backward() gives the estimator's gradient: for training loops.
 
-    Arguments are those of `expectation_gradient`. The parameters keep their graph, nothing is probed, and there is no standard
-    error: take another seed at each step, and `expectation_gradient` when you want to know how certain a gradient is.
+    Arguments are those of `expectation_gradient`, but that `seed` (or `noise`) must be given, another one at each step, and that
+    `method` is "pathwise" unless another is named; there is no "auto", and no pilot for baseline="optimal". The parameters keep
+    their graph, nothing is probed, and there is no standard error: `expectation_gradient` says how certain a gradient is.
 
     Example
     -------
@@ -216,8 +223,12 @@ def surrogate(
     True
     """
     question = ask(model, f, params, None, x)
+    if seed is None and noise is None:
+        raise ArgumentError(
+            "give `seed`, another one at each step: the same noise again and again would be learnt by heart."
+        )
     source = noise_of(seed, noise)
-    if n_samples < 1 or n_samples % source.unit:
+    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1 or n_samples % source.unit:
         raise ArgumentError(f"`n_samples` must be a positive multiple of {source.unit}, got {n_samples}.")
     law = question.law(question.theta)
     choice = choose(method, options, law, x is not None, n_samples, n_groups=1)

@@ -39,7 +39,7 @@ def straight_through(draws: Draws, *, temperature: float = 0.5) -> Surrogate:
 
 def needs_relaxation(law: Law) -> str | None:
     """Why (1) and (2) cannot be used."""
-    return None if isinstance(law, Bernoulli | Categorical) else "it relaxes Bernoulli and Categorical laws"
+    return law.no_density() if isinstance(law, Bernoulli | Categorical) else "it relaxes Bernoulli and Categorical laws"
 
 
 def check_temperature(temperature) -> None:

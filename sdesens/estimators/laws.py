@@ -263,7 +263,14 @@ class Bernoulli(_Plain):
     def log_prob(self, z: Tensor) -> Tensor:
         if self.logits is not None:
             return torch.nn.functional.logsigmoid((2 * z - 1) * self.logits)
-        return torch.where(z > 0.5, self.p, 1 - self.p).log()  # not z log p + ..., which is NaN at p = 0
+        return self.prob(z).log()  # not z log p + ..., which is NaN at p = 0
+
+    def prob(self, z: Tensor) -> Tensor:
+        """Probability of each value, shape of z; differentiable at 0 and 1 too."""
+        return torch.where(z > 0.5, self.p, 1 - self.p)
+
+    def no_density(self) -> str | None:
+        return _at_edge(self.probs)
 
     def support(self) -> Tensor:
         """The values of one component, shape (2,)."""
@@ -282,7 +289,7 @@ class Categorical(_Plain):
     probs : Tensor, shape (..., K), in [0, 1], rows that sum to 1
         A derivative is that of probs / sum(probs): one probability grows at the expense of the others.
     logits : Tensor, shape (..., K)
-        Logarithms of the probabilities, up to a constant. Give one of the two.
+        Logarithms of the probabilities, up to a constant; minus infinity masks a choice. Give one of the two.
     """
 
     probs: Tensor | None = None
@@ -326,9 +333,17 @@ class Categorical(_Plain):
 
     def log_prob(self, z: Tensor) -> Tensor:
         if self.probs is None:
-            return (z * self.log_probs).sum(-1)
-        chosen = torch.where(z > 0.5, self.probs, 0.0).sum(-1)  # not z log p, which is NaN at p = 0
-        return chosen.log() - self.probs.sum(-1).log()
+            return torch.where(z > 0.5, self.log_probs, 0.0).sum(-1)
+        return self.prob(z).log()  # not z log p, which is NaN at p = 0
+
+    def prob(self, z: Tensor) -> Tensor:
+        """Probability of each choice, shape of z without its last axis; differentiable where some are 0."""
+        given = _given(self.probs, self.logits)
+        p = torch.softmax(given, -1) if self.probs is None else given / given.sum(-1, keepdim=True)
+        return torch.where(z > 0.5, p, 0.0).sum(-1)
+
+    def no_density(self) -> str | None:
+        return _at_edge(self.probs)
 
     def support(self) -> Tensor:
         """The values of one choice, shape (K, K)."""
@@ -357,14 +372,22 @@ def _given(probs: Tensor | None, logits: Tensor | None) -> Tensor:
     return value
 
 
-def _check_tensors(law, **tensors) -> None:
+def _check_tensors(law, minus_infinity: bool = False, **tensors) -> None:
     for name, value in tensors.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise ArgumentTypeError(
                 f"`{name}` of {type(law).__name__} must be a floating tensor, got {describe(value)}: use torch.tensor(...)."
             )
-        if concrete(value) and not bool(torch.isfinite(value).all()):
+        fine = torch.isfinite(value) | (value == -math.inf) if minus_infinity else torch.isfinite(value)
+        if concrete(value) and not bool(fine.all()):
             raise ArgumentError(f"`{name}` of {type(law).__name__} holds NaN or infinite values.")
+
+
+def _at_edge(probs: Tensor | None) -> str | None:
+    """Why a score cannot be used where a probability is 0 or 1: what is never drawn has one too."""
+    if probs is None or not concrete(probs) or not bool(((probs <= 0) | (probs >= 1)).any()):
+        return None
+    return "a probability is 0 or 1, so draws say nothing of the values that are never drawn"
 
 
 def _check_positive(name: str, value: Tensor) -> None:
@@ -382,7 +405,7 @@ def _check_one_of(law, **tensors: Tensor | None) -> None:
         raise ArgumentError(
             f"{type(law).__name__} needs one of `probs` and `logits`, got {'both' if given else 'neither'}."
         )
-    _check_tensors(law, **given)
+    _check_tensors(law, minus_infinity=isinstance(law, Categorical) and law.probs is None, **given)
 
 
 def _check_probabilities(probs: Tensor | None) -> None:

@@ -102,7 +102,9 @@ def choose(
     ArgumentError, ArgumentTypeError, MethodError
     """
     if name not in METHODS:
-        raise ArgumentError(f"`method` must be 'auto' or one of {', '.join(map(repr, METHODS))}, got {name!r}.")
+        raise ArgumentError(
+            f"`method` must be one of {', '.join(map(repr, METHODS))}, or 'auto' in expectation_gradient, got {name!r}."
+        )
     method = METHODS[name]
     for key in options:
         if key not in method.options:
@@ -135,9 +137,9 @@ def _group(group, n_samples: int, n_groups: int) -> int:
     if group is None:
         fitting = [k for k in range(2, min(most, 16) + 1) if n_samples % k == 0]
         if not fitting:
-            raise ArgumentError(
-                f"`n_samples` = {n_samples} cannot be cut into {n_groups} or more leave-one-out groups of 2 ... 16 draws: make it a "
-                "multiple of 4, or give `group`."
+            raise MethodError(
+                f"`n_samples` = {n_samples} cannot be cut into {n_groups} or more leave-one-out groups of 2 ... 16 draws: make it "
+                "even, and at least 4, or give `group`."
             )
         return fitting[-1]
     if isinstance(group, bool) or not isinstance(group, int) or not 2 <= group <= most or n_samples % group:

@@ -69,7 +69,7 @@ def of_problem(problem: Problem, noise_dim: int) -> tuple[Callable[[Params], Law
 
 
 def _construct(law: type, p: Params) -> Any:
-    names = inspect.signature(law).parameters
+    names = [k for k in inspect.signature(law).parameters if k != "validate_args"]
     given = {k: v for k, v in p.items() if k in names}
     try:
         return law(**given)
@@ -128,9 +128,12 @@ def ask(model: Any, f: Function | None, params: Any, wrt: Sequence[str] | str | 
         if f is not None or params is not None or x is not None:
             raise ArgumentError("a Problem has its own functional and parameters: leave out `f`, `params` and `x`.")
         theta = model.leaves(wrt)
+        theta |= {k: v for k, v in model.sde.params.items() if k in theta}  # with their graph
+        if "y0" in theta and isinstance(model.y0, Tensor):
+            theta["y0"] = model.y0
         noise_dim = check_problem(model, theta, thorough=False)
         law, functional = of_problem(model, noise_dim)
-        return Question(law, functional, dict(theta), dict(theta), None)
+        return Question(law, functional, theta, dict(theta), None)
     if not isinstance(params, Mapping) or not params:
         raise ArgumentTypeError(
             f"`params` must map names to tensors, got {params!r:.80}: use {{'mean': torch.tensor(0.0)}}."

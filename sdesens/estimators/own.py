@@ -54,7 +54,7 @@ class Reparameterised:
 
     def __call__(self, *given: Any) -> Law:
         assert isinstance(self.noise_shape, tuple)  # made so when the model was
-        return _Own(self.noise_shape, *_with_items(given, self.g, self.log_prob), True)
+        return Own(self.noise_shape, *_with_items(given, self.g, self.log_prob), True)
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class Sampler:
 
     def __call__(self, *given: Any) -> Law:
         items, sample, log_prob = _with_items(given, lambda eps, *rest: self.sample(len(eps), *rest), self.log_prob)
-        return _Own((0,), items, sample, log_prob, False)
+        return Own((0,), items, sample, log_prob, False)
 
 
 @dataclass(frozen=True, eq=False)
-class _Own:
+class Own:
     """Either of them at given parameters; functions of (B, ...) rows, items repeated."""
 
     width: Shape

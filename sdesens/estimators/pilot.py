@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from sdesens.errors import ArgumentError
-from sdesens.estimators.checks import pathwise_jump
+from sdesens.errors import ArgumentError, MethodError, NonFiniteError
+from sdesens.estimators.checks import refuses_pathwise
 from sdesens.estimators.laws import Law
 from sdesens.estimators.methods import Choice, applicable, choose
 from sdesens.estimators.model import Question, with_graph
@@ -50,13 +50,26 @@ def best(question: Question, law: Law, noise: Noise, n_samples: int) -> tuple[Ch
     spread: list[tuple[float, Choice]] = []
     for choice in candidates:
         task = Task(question, choice, other, law, False)
-        if choice.name == "pathwise" and pathwise_jump(task):
-            tried[str(choice)] = "f jumps along the draw"
+        reason = refuses_pathwise(task) if choice.name == "pathwise" else None
+        if reason is not None:
+            tried[str(choice)] = reason
             continue
         task = replace(task, vectorised=vectorises(task))
-        found = answer(task, count, constants(task, count))
+        try:
+            found = answer(task, count, constants(task, count))
+        except (
+            RuntimeError,
+            NonFiniteError,
+        ) as error:  # of torch: a law without a derivative; ours: a gradient that is not finite
+            tried[str(choice)] = str(error).splitlines()[0]
+            continue
         variance = sum(float(e.standard_error.square().sum()) * e.n for k, e in found.items() if k != "value")
         tried[str(choice)] = variance
         spread.append((variance, choice))
+    if not spread:
+        reasons = "; ".join(f"{k}: {why}" for k, why in tried.items())
+        raise MethodError(
+            f"no unbiased method can answer ({reasons}). Give the model a log_prob, so that the score function can."
+        )
     least = min(spread, key=lambda found: found[0])[1]
     return choose(least.name, least.options, law, with_items, n_samples), tried

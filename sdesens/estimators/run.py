@@ -12,7 +12,7 @@ standard error, never that between items. The estimate is the mean over these it
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,6 +69,10 @@ class Task:
     def unit(self) -> int:
         """The least number of draws that are one independent unit."""
         return math.lcm(self.choice.group, self.noise.unit)
+
+    def law_of(self, x: Tensor | None) -> Law:
+        """The law of other items, at the question's own parameters."""
+        return law_at(self.question.model, x, {**self.question.params, **self.question.theta})
 
     def draws(self, theta: Params, eps: Tensor, extra: Tensor, x: Tensor | None) -> Draws:
         """Draws from the law at theta."""
@@ -236,6 +240,7 @@ def exactly(task: Task) -> dict[str, Estimate]:
     eps, extra = task.normals(0, task.noise.unit)
     values, gradients = task.one(eps[:1], extra[:1], task.question.x)
     n = states(task.law, task.question.x is not None)
+    _check_finite(task, 0, values, {k: g[None] for k, g in gradients.items()})
     found = {"value": values.mean(), **gradients}
     return {k: Estimate(v.double(), torch.zeros_like(v, dtype=torch.float64), n, n) for k, v in found.items()}
 
@@ -291,7 +296,7 @@ def vectorises(task: Task) -> bool:
         return False
     n, unit = task.question.n_items, task.unit
     try:
-        task.contributions(0, 2 * unit, unit, min(_divisor(n, 2), n))
+        replace(task, vectorised=True).contributions(0, 2 * unit, unit, _divisor(n, 2))
     except (RuntimeError, NotImplementedError):  # what torch raises for operations that vmap cannot take
         return False
     return True

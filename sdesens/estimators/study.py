@@ -21,6 +21,7 @@ from sdesens.errors import ArgumentError
 from sdesens.estimators.exact import Exact, normal_variances
 from sdesens.estimators.gradient import expectation_gradient
 from sdesens.estimators.laws import Normal
+from sdesens.tables import as_text
 
 
 def quadratic(z: Tensor, k: float) -> Tensor:
@@ -121,6 +122,9 @@ class Study:
             table.add_row(formula, f"{p.k:g}", p.parameter, f"{p.exact.gradient:.4g}", *cells)
         return table
 
+    def __repr__(self) -> str:
+        return as_text(self.table())
+
 
 def variance_study(
     *,
@@ -137,7 +141,7 @@ def variance_study(
     mean, scale : float
         Of the normal law; scale is a standard deviation.
     n_samples : int
-        Draws at each point; even.
+        Draws at each point: even, at least 4.
     seed : int
     costs : names among "quadratic", "exp", "cos"
 
@@ -145,6 +149,8 @@ def variance_study(
     ------
     ArgumentError
     """
+    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 4 or n_samples % 2:
+        raise ArgumentError(f"`n_samples` must be even, for pairs of draws, and at least 4, got {n_samples!r}.")
     for cost in costs:
         if cost not in COSTS:
             raise ArgumentError(f"`costs` names {cost!r}, which is none of {', '.join(map(repr, COSTS))}.")
