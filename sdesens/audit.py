@@ -24,7 +24,7 @@ from torch import Tensor
 LARGEST, SMALLEST, RATIO = 0.0371931, 0.0005, 4.0
 FINEST = 2e-6  # below it, numbers that are rounded to float32 somewhere would look like jumps
 FEW = 4  # paths that must contribute for a step to be usable
-ROUNDING = 1e3  # units of rounding below which a difference is not looked at
+ROUNDING = 16.0  # units of rounding of F below which a difference is not looked at
 
 
 def jumps(F: Callable[[float], Tensor]) -> bool:
@@ -48,7 +48,7 @@ def jumps(F: Callable[[float], Tensor]) -> bool:
     """
     with torch.no_grad():
         here = F(0.0).double()
-        floor = ROUNDING * torch.finfo(F(0.0).dtype).eps * here.abs().nan_to_num(0, 0, 0)
+        floor = _rounding(F, here)
         usable: list[tuple[float, float, float]] = []
         e = LARGEST
         while e >= SMALLEST or (e >= FINEST and _unsettled(usable)):
@@ -64,6 +64,14 @@ def jumps(F: Callable[[float], Tensor]) -> bool:
             return False
         size, share = _slopes(usable)
         return size < 0.35 and (usable[-1][2] < 0.1 or share > 0.4)
+
+
+def _rounding(F: Callable[[float], Tensor], here: Tensor) -> Tensor:
+    """Differences that rounding makes, of F itself and of what F is computed from: seen where nothing else can move."""
+    eps = torch.finfo(F(0.0).dtype).eps
+    tiny = [F(k * eps).double() - 2 * here + F(-k * eps).double() for k in (8.0, 64.0)]
+    seen = torch.stack(tiny).abs().nan_to_num(0, 0, 0).amax(0)
+    return ROUNDING * eps * here.abs().nan_to_num(0, 0, 0) + 8 * seen.quantile(0.99)
 
 
 def _slopes(usable: list[tuple[float, float, float]]) -> tuple[float, float]:

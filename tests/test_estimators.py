@@ -633,6 +633,106 @@ def test_standard_error_of_items_is_that_of_the_draws():
     assert result.value.standard_error.item() == pytest.approx(((0.5 + 1e4 * 28.5) / 50_000) ** 0.5, rel=0.05)
 
 
+def test_items_that_look_at_each_other():
+    """Features centred over the batch, f = z x: exact value 2 and gradient 1.5; and enumeration of a policy on centred features."""
+    x = vector(0.0, 2.0)[:, None]
+
+    def model(x, p):
+        return Normal(p["a"] * (x[:, 0] - 0.5 * x[:, 0].mean()), torch.ones(len(x), dtype=F64))
+
+    for method in ("pathwise", "score_function", "measure_valued"):
+        result = expectation_gradient(
+            model, lambda z, x, p: z * x[:, 0], {"a": scalar(1.0)}, x=x, n_samples=20_000, method=method, seed=1
+        )
+        assert abs(result.value.mean - 1.5) < 4.5 * result.value.standard_error
+        assert abs(result.gradient["a"].mean - 1.5) < 4.5 * result.gradient["a"].standard_error + 1e-12
+    # the standard error of the value: a draw for both items is one unit, z1 x1 / 2 with x1 = 2 has variance 1
+    assert result.value.standard_error.item() == pytest.approx((1 / 20_000) ** 0.5, rel=0.05)
+
+    def policy(x, p):
+        return Categorical(logits=(x - x.mean(0)) @ p["W"])
+
+    params = {"W": torch.tensor([[0.3, -0.2, 0.5]], dtype=F64)}
+    rows = torch.arange(4, dtype=F64)[:, None]
+    found = compare(policy, lambda z, x, p: (z * x).sum(1) ** 2 + z[:, 0], params, x=rows, n_samples=20_000, seed=2)
+    for row in found.rows():
+        if not row["biased"] and row["method"] != "enumerate":
+            assert abs(row["bias"]) < 4.5 * row["standard_error"], row
+
+
+def test_parameters_with_a_row_for_each_item():
+    x = torch.arange(4, dtype=F64)[:, None]
+    params = {"m": vector(0.1, 0.2, 0.3, 0.4), "s": torch.ones(4, dtype=F64)}
+    result = expectation_gradient(
+        lambda x, p: Normal(p["m"], p["s"]),
+        lambda z, x, p: z**2,
+        params,
+        x=x,
+        n_samples=20_000,
+        method="pathwise",
+        seed=1,
+    )
+    z = (result.gradient["m"].mean - params["m"] / 2) / result.gradient["m"].standard_error
+    assert (z.abs() < 4.5).all()
+
+
+def test_right_methods_survive_a_wrong_density():
+    """A support that moves makes the score wrong, not the draw: E sin(loc + e), e exponential: sin' = (cos + ...) by pathwise."""
+
+    def shifted(p):
+        return td.TransformedDistribution(
+            td.Exponential(torch.ones((), dtype=F64)), [td.AffineTransform(p["loc"], 1.0)]
+        )
+
+    result = expectation_gradient(shifted, lambda z, p: torch.sin(z), {"loc": scalar(1.0)}, n_samples=20_000, seed=1)
+    assert result.method == "pathwise"
+    exact = (math.cos(1.0) - math.sin(1.0)) / 2  # E cos(1 + e) = Re e^i / (1 - i)
+    assert abs(result.gradient["loc"].mean - exact) < 4.5 * result.gradient["loc"].standard_error
+
+
+def test_straight_through_inside_a_transform_is_biased_too():
+    result = expectation_gradient(
+        lambda p: td.TransformedDistribution(td.OneHotCategoricalStraightThrough(logits=p["l"]), [td.AffineTransform(0.0, 2.0, event_dim=1)]),
+        lambda z, p: 4 * z[:, 0] ** 2 + z[:, 1], {"l": vector(0.3, 0.1, 0.2)}, n_samples=400, method="pathwise", check=False,
+    )  # fmt: skip
+    assert result.biased
+
+
+def test_smooth_functions_of_float32_are_not_taken_for_jumps():
+    params = {"mean": torch.tensor(-0.657), "scale": torch.tensor(0.193)}
+    for f in (
+        lambda z, p: (z - p["mean"]) ** 2,
+        lambda z, p: (z - 5) ** 2 * 1e3,
+        lambda z, p: torch.relu(z + 0.6) + 1e4,
+    ):
+        expectation_gradient(Normal, f, params, n_samples=200, method="pathwise", wrt="scale")
+
+
+def test_threads_share_torchs_generator_in_turn():
+    from concurrent.futures import ThreadPoolExecutor
+
+    params = {"concentration": scalar(2.0), "rate": scalar(1.5)}
+
+    def run(seed):
+        return expectation_gradient(
+            td.Gamma, quadratic, params, n_samples=400, method="pathwise", seed=seed, check=False
+        )
+
+    before = torch.random.get_rng_state()
+    alone = [run(seed).gradient["rate"].mean for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = [r.gradient["rate"].mean for r in pool.map(run, range(8))]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    expectation_gradient(td.Gamma, quadratic, params, n_samples=400, method="score_function", seed=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_decomposition_without_grad_mode():
+    with torch.no_grad():
+        found = decompose(Normal, quadratic, N11, n_samples=400)
+    assert float(found.terms["mean"].total) == pytest.approx(2.0, abs=1e-8)
+
+
 # The same numbers, however they are made
 
 

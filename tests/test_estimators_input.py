@@ -1,5 +1,6 @@
 """What the estimators refuse, and in which words: every message names the argument and the remedy."""
 
+import math
 import warnings
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.distributions as td
 from problems import F64, scalar
 
-from sdesens import SDE, GivenNoise, Philox, Problem
+from sdesens import SDE, Antithetic, GivenNoise, Philox, Problem
 from sdesens.audit import jumps
 from sdesens.errors import (
     ArgumentError,
@@ -37,6 +38,7 @@ from sdesens.estimators import (
     surrogate,
     variance_study,
 )
+from sdesens.estimators.exact import normal_variances
 
 P = {"mean": scalar(1.0), "scale": scalar(1.0)}
 COIN = {"logits": scalar(0.2)}
@@ -54,6 +56,11 @@ def ask(model=Normal, f=square, params=None, **options):
 
 def values(n):
     return torch.linspace(0.1, 0.9, n, dtype=F64)
+
+
+def straight_through_coin(e, p):
+    soft = torch.sigmoid((p["mean"] - e[:, 0]) / 0.5)
+    return (e[:, 0] < p["mean"]).to(e.dtype) + soft - soft.detach()
 
 
 REFUSED = {
@@ -147,19 +154,33 @@ REFUSED = {
         ArgumentError, "give `seed`"),
     "constant from given noise": (ask(noise=GivenNoise(torch.randn(1, 100, 1, dtype=F64)), method="score_function", baseline="optimal"), ArgumentError, "other noise"),
     # items
-    "a model that mixes items": (
-        ask(lambda x, p: Normal(p["mean"] * (x[:, 0] - 0.5 * x[:, 0].mean()), torch.ones(len(x), dtype=F64)), params={"mean": scalar(1.0)}, f=lambda z, x, p: z, x=values(4)[:, None]),
-        NotAFunctionError, "the model mixes items"),
-    "f that mixes items": (
-        ask(lambda x, p: Normal(p["mean"] * x[:, 0], torch.ones(len(x), dtype=F64)), params={"mean": scalar(1.0)}, f=lambda z, x, p: z * (x[:, 0] - x[:, 0].mean()), x=values(4)[:, None]),
-        NotAFunctionError, "mixes"),
     "g that mixes rows": (ask(Reparameterised(lambda e, p: p["mean"] + p["scale"] * (e[:, 0] - e[:, 0].mean()), 1)), NotAFunctionError, "mixes rows of its noise"),
-    "density without its constant": (ask(Sampler(lambda n, p: torch.poisson(p["r"].expand(n)), lambda z, p: z * p["r"].log()), params={"r": scalar(2.0)}), ArgumentError, "no log density"),
-    "density of another law": (ask(Reparameterised(lambda e, p: p["mean"] + e[:, 0], 1, lambda z, p: -((z - p["mean"]) ** 2)), params={"mean": scalar(1.0)}), ArgumentError, "does not belong"),
-    "draws that torch clamps": (ask(td.Beta, params={"concentration0": scalar(0.01), "concentration1": scalar(0.01)}, f=lambda z, p: z), ArgumentError, "no log density"),
+    "density without its constant": (ask(Sampler(lambda n, p: torch.poisson(p["r"].expand(n)), lambda z, p: z * p["r"].log()), params={"r": scalar(2.0)}, method="score_function"), MethodError, "no log density"),
+    "density of another law": (ask(Reparameterised(lambda e, p: p["mean"] + e[:, 0], 1, lambda z, p: -((z - p["mean"]) ** 2)), params={"mean": scalar(1.0)}, method="score_function"), MethodError, "does not belong"),
+    "draws that torch clamps": (ask(td.Beta, params={"concentration0": scalar(0.01), "concentration1": scalar(0.01)}, f=lambda z, p: z, method="rloo"), MethodError, "no log density"),
     "a sampler with its own seed": (ask(Sampler(lambda n, p: p["mean"] + torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=F64), lambda z, p: 0 * z * p["mean"]), params={"mean": scalar(0.0)}), NotAFunctionError, "torch's generator"),
     "score at a probability of 0": (ask(Categorical, params={"probs": torch.tensor([0.0, 0.5, 0.5], dtype=F64)}, method="rloo"), MethodError, "never drawn"),
     "arm at a probability of 1": (ask(Bernoulli, params={"probs": scalar(1.0)}, method="arm"), MethodError, "never drawn"),
+    "a support that moves inside a transform": (
+        ask(lambda p: td.TransformedDistribution(td.Exponential(torch.ones((), dtype=F64)), [td.AffineTransform(p["mean"], 1.0)]), params={"mean": scalar(1.0)}, f=lambda z, p: torch.sin(z), method="score_function"),
+        MethodError, "a support that does not"),
+    "a density without its scale": (ask(Reparameterised(lambda e, p: p["mean"] + p["scale"] * e[:, 0], 1, lambda z, p: -0.5 * ((z - p["mean"]) / p["scale"]) ** 2), method="rloo"), MethodError, "normalising constant"),
+    "leave one out of pairs": (ask(method="rloo", noise=Antithetic(Philox(1))), ArgumentError, "antithetic"),
+    "leave one out of pairs, in a loop": (lambda: surrogate(Normal, square, P, n_samples=8, method="rloo", noise=Antithetic(Philox(1))), ArgumentError, "antithetic"),
+    "a threshold at 0": (ask(f=lambda z, p: torch.where(z > p["a"], 1 + p["a"], 0 * z), params={**P, "a": scalar(0.0)}, wrt="a", method="score_function"), JumpError, "parameters themselves"),
+    "jumps where the items are": (
+        ask(lambda x, p: Normal(p["mean"] + 100 * x[:, 0], p["scale"].expand(len(x))), f=lambda z, x, p: ((z - 100 * x[:, 0]) > 0).to(z.dtype) + z, x=torch.linspace(0, 1000, 11, dtype=F64)[:, None], method="pathwise"),
+        JumpError, "along z"),
+    "a jump in the small component": (
+        ask(params={"mean": torch.zeros(2, dtype=F64), "scale": torch.tensor([1.0, 1e4], dtype=F64)}, f=lambda z, p: (z[:, 0] > 0).to(z.dtype) + 1e-4 * z[:, 1] + z[:, 0], method="pathwise"),
+        JumpError, "along z"),
+    "a jump under heavy tails": (ask(lambda p: td.StudentT(torch.ones((), dtype=F64), p["mean"], 1.0), params={"mean": scalar(0.0)}, f=lambda z, p: (z > 0.1).to(z.dtype) + torch.sin(z), method="pathwise"), JumpError, "along z"),
+    "a coin as a function of noise": (ask(Reparameterised(lambda e, p: (e[:, 0] < p["mean"]).to(e.dtype) + 0 * p["mean"], 1), params={"mean": scalar(0.3)}, f=lambda z, p: z + p["mean"], method="pathwise"), (JumpError, DetachedError), "jumps|detached|cut off"),
+    "a straight-through coin": (ask(Reparameterised(straight_through_coin, 1), params={"mean": scalar(0.6)}, f=lambda z, p: z**3, method="pathwise"), (JumpError, DetachedError), "jumps|detached|cut off"),
+    "a jump on a large offset in float32": (ask(params={"mean": torch.tensor(0.0), "scale": torch.tensor(1.0)}, f=lambda z, p: 1e4 + (z > 0).to(z.dtype) + z, method="pathwise"), JumpError, "along z"),
+    "f writes into z": (ask(f=lambda z, p: z.abs_(), method="score_function"), NotAFunctionError, "writes into z"),
+    "a model that draws once": (ask(lambda p: Normal(p["mean"] + torch.randn((), dtype=F64), p["scale"])), NotAFunctionError, "two different results"),
+    "bfloat16": (ask(Bernoulli, params={"logits": torch.zeros(2, dtype=torch.bfloat16)}), DtypeError, "float32 or float64"),
     "nothing applies": (ask(Reparameterised(lambda e, p: p["mean"] + e[:, 0], 1), params={"mean": scalar(0.1)}, f=lambda z, p: torch.where(z > 0, z + 1, z)), MethodError, "no unbiased method can answer"),
     "items with a class": (ask(x=torch.zeros(3, 1, dtype=F64), f=lambda z, x, p: z), ArgumentTypeError, r"\(x, p\) -> law"),
     "a law that ignores the items": (
@@ -180,6 +201,12 @@ REFUSED = {
     "integral in three dimensions": (lambda: decompose(Normal, square, {"mean": torch.zeros(3), "scale": torch.ones(3)}), ArgumentError, "one or two numbers"),
     "integral without a density": (lambda: decompose(Reparameterised(lambda e, p: p["mean"] + e[:, 0], 1), square, P), ArgumentError, "no density"),
     "integral of a poisson": (lambda: decompose(td.Poisson, square, {"rate": scalar(2.0)}), ArgumentError, "discrete"),
+    "integral of a density that is none": (lambda: decompose(Reparameterised(lambda e, p: (p["mean"] * e[:, 0]).abs(), 1, lambda z, p: -0.5 * (z / p["mean"]) ** 2 - p["mean"].log() + 0.5 * math.log(2 / math.pi)), square, {"mean": scalar(1.0)}), ArgumentError, "integrates to 2"),
+    "integral of a spike": (lambda: decompose(Normal, lambda z, p: 1e3 * torch.exp(-0.5 * ((z - 1.2345) / 1e-3) ** 2), P), ArgumentError, "contradict"),
+    "integral of two far peaks": (
+        lambda: decompose(lambda p: td.MixtureSameFamily(td.Categorical(torch.tensor([0.5, 0.5], dtype=F64)), td.Normal(p["mean"] + torch.tensor([-1000.0, 1000.0], dtype=F64), torch.ones(2, dtype=F64))), square, {"mean": scalar(0.5)}),
+        ArgumentError, "integrates to"),
+    "variances of what oscillates too fast": (lambda: normal_variances(lambda z: torch.cos(3000 * z), 1.0, 1.0), ArgumentError, "too rough"),
     "integral of a jump in a parameter": (lambda: decompose(Normal, lambda z, p: torch.where(z > p["mean"], z + 1, z), P), JumpError, "parameters themselves"),
     "study of odd draws": (lambda: variance_study(n_samples=2001), ArgumentError, "even"),
     "study of another cost": (lambda: variance_study(costs=("tan",)), ArgumentError, "'tan'"),

@@ -44,6 +44,10 @@ def test_links_point_at_files(link):
 
 
 def test_blocks_of_the_page_on_estimators(capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "estimators.md").read_text(), flags=re.DOTALL)
-    exec(compile(block, "docs/estimators.md", "exec"), {})
+    session: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "estimators.md").read_text(), flags=re.DOTALL):
+        exec(compile(block, "docs/estimators.md", "exec"), session)
     assert "ExpectationGradient by pathwise, 100000 draws" in capsys.readouterr().out
+    policy = session["logits"].softmax(1)
+    assert policy[0, 0] > 0.8
+    assert policy[1, 2] > 0.8

@@ -33,6 +33,7 @@ from sdesens.tables import as_text
 from sdesens.tensors import coordinate_names
 
 TOLERANCE = 1e-9
+DISAGREE = 8.0  # standard errors
 SUBDIVISIONS = 20_000
 POSITIONED = 2_000  # draws that say where the law is
 
@@ -144,6 +145,7 @@ def decompose(
         first = run(model, lambda z, _: f(z, p), check=False)
         second = run(frozen_law, f, check=False)
         by[m] = first.gradient, second.gradient, whole.gradient
+    _check_agreement(density, explicit, by)
     terms = {k: Term(density[k], explicit[k], *({m: g[i][k] for m, g in by.items()} for i in range(3))) for k in p}
     return Decomposition(terms, error, refused)
 
@@ -158,26 +160,53 @@ def _integrals(question: Question, law: Law, z: Tensor) -> tuple[dict[str, Tenso
     middle, spread = (t.flatten().double().numpy() for t in (z.mean(0), z.std(0)))
     low, high = ((np.full(ndim, edge) - middle) / spread for edge in law.bounds)
 
+    @torch.enable_grad()
     def integrand(u: np.ndarray) -> np.ndarray:
         at = torch.from_numpy(middle + spread * u).to(z.dtype).reshape(-1, *event)
         leaves = {k: v.detach().requires_grad_() for k, v in question.theta.items()}
         q = torch.exp(question.law(leaves).log_prob(at).reshape(len(at), -1).sum(1))
         value = evaluate(question.f, at, None, leaves)[:, 0]
-        rows = torch.cat((_jacobian(q, leaves) * value[:, None], _jacobian(value, leaves) * q[:, None]), 1)
+        parts = (_jacobian(q, leaves) * value[:, None], _jacobian(value, leaves) * q[:, None], q[:, None])
+        rows = torch.cat(parts, 1)
         return np.nan_to_num(rows.detach().double().numpy()) * spread.prod()
 
-    found = integrate.cubature(integrand, low, high, rtol=TOLERANCE, atol=TOLERANCE, max_subdivisions=SUBDIVISIONS)
+    tolerance = max(TOLERANCE, 50 * torch.finfo(z.dtype).eps)
+    try:
+        found = integrate.cubature(integrand, low, high, rtol=tolerance, atol=tolerance, max_subdivisions=SUBDIVISIONS)
+    except ValueError as reason:
+        raise ArgumentError(f"the density cannot be integrated over {law.bounds}: {reason}") from reason
     error = float(np.max(found.error))
     if found.status != "converged" or not math.isfinite(error):
         raise ArgumentError(
             f"an integral did not converge, its error is about {error:.1g}: f or the density is too rough."
         )
-    halves = torch.from_numpy(found.estimate).split(len(found.estimate) // 2)
+    mass = float(found.estimate[-1])
+    if abs(mass - 1) > 1e-4:
+        raise ArgumentError(
+            f"the density integrates to {mass:.6g} instead of 1: it is not normalised, is no density, or its mass lies in places "
+            "that quadrature does not find."
+        )
+    integrals = torch.from_numpy(found.estimate[:-1])
+    halves = integrals.split(len(integrals) // 2)
     parts = [
         dict(zip(question.theta, h.split([v.numel() for v in question.theta.values()]), strict=True)) for h in halves
     ]
     density, explicit = ({k: g.reshape(question.theta[k].shape) for k, g in part.items()} for part in parts)
     return density, explicit, error
+
+
+def _check_agreement(density: Mapping[str, Tensor], explicit: Mapping[str, Tensor], by: Mapping) -> None:
+    """Raise where quadrature and Monte Carlo contradict each other: a spike of f that the nodes miss."""
+    for method, (first, second, _) in by.items():
+        for integrals, estimates in ((density, first), (explicit, second)):
+            for k, integral in integrals.items():
+                e = estimates[k]
+                gap = (e.mean - integral).abs() - 1e-6 * (1 + integral.abs())
+                if bool((gap > DISAGREE * e.standard_error).any()):
+                    raise ArgumentError(
+                        f"quadrature and {method} contradict each other for {k!r} by more than {DISAGREE:g} standard errors: f has a "
+                        "feature that is too narrow for the nodes, or too rare for the draws."
+                    )
 
 
 def _jacobian(y: Tensor, leaves: Mapping[str, Tensor]) -> Tensor:

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from sdesens.errors import ArgumentError, ArgumentTypeError, MethodError, ZeroGradientWarning
 from sdesens.estimate import Estimate
-from sdesens.estimators.checks import check_functions, check_method
+from sdesens.estimators.checks import check_functions, check_method, divisible
 from sdesens.estimators.methods import choose
 from sdesens.estimators.model import Function, ask, detached, with_graph
 from sdesens.estimators.pilot import best, constants
-from sdesens.estimators.run import NO_CHOICE, Task, answer, check_samples, exactly, noise_of, vectorises
+from sdesens.estimators.run import NO_CHOICE, Task, answer, check_groups, check_samples, exactly, noise_of, vectorises
 from sdesens.noise import Noise
 from sdesens.problem import Problem
 from sdesens.sensitivity.probe import check_problem
@@ -155,18 +155,21 @@ def expectation_gradient(
     if check and isinstance(model, Problem):
         check_problem(model, question.theta, differentiated=False)
     law = question.law(question.theta)
+    bare = Task(question, NO_CHOICE, source, law, False)
+    apart = divisible(bare)
     if check:
-        check_functions(Task(question, NO_CHOICE, source, law, False))
+        check_functions(bare)
     tried: dict[str, float | str] = {}
     if method == "auto":
         if options:
             raise ArgumentTypeError(
                 f"method='auto' takes no options, got {', '.join(options)}: name the method they belong to."
             )
-        choice, tried = best(question, law, source, n_samples)
+        choice, tried = best(replace(bare, divisible=apart), n_samples)
     else:
         choice = choose(method, options, with_graph(question), x is not None, n_samples)
-    task = Task(question, choice, source, law, False)
+    task = replace(bare, choice=choice, divisible=apart)
+    check_groups(choice, source)
     if check:
         check_method(task)
     if choice.exact:
@@ -236,6 +239,7 @@ def surrogate(
         raise MethodError(
             "baseline='optimal' needs a pilot run: give its constant as a number, or use 'leave_one_out'."
         )
+    check_groups(choice, source)
     task = Task(question, choice, source, law, False)
     eps, extra = task.normals(0, n_samples)
     with task.generator(0):

@@ -146,6 +146,10 @@ def ask(model: Any, f: Function | None, params: Any, wrt: Sequence[str] | str | 
         raise DtypeError(
             f"`params` must share one dtype and device, got {', '.join(sorted(map(str, kinds)))}: convert them with .to(...)."
         )
+    if next(iter(kinds))[0] not in (torch.float32, torch.float64):
+        raise DtypeError(
+            f"`params` must be float32 or float64, got {next(iter(kinds))[0]}: a coin needs more than its 8 or 11 bits."
+        )
     check_function("f", f, ("z", "p") if x is None else ("z", "x", "p"))
     if not isinstance(model, type) and callable(model):
         check_function("model", model, ("p",) if x is None else ("x", "p"))
@@ -167,9 +171,11 @@ def ask(model: Any, f: Function | None, params: Any, wrt: Sequence[str] | str | 
 
 def detached(q: Question) -> Question:
     """The question with its parameters cut off from any graph."""
-    return replace(
-        q, params={k: v.detach() for k, v in q.params.items()}, theta={k: v.detach() for k, v in q.theta.items()}
-    )
+
+    def own(v: Tensor) -> Tensor:
+        return v.clone() if v.is_inference() else v.detach()
+
+    return replace(q, params={k: own(v) for k, v in q.params.items()}, theta={k: own(v) for k, v in q.theta.items()})
 
 
 def with_graph(q: Question) -> Law:

@@ -8,12 +8,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from sdesens.errors import ArgumentError, MethodError, NonFiniteError
-from sdesens.estimators.checks import refuses_pathwise
-from sdesens.estimators.laws import Law
+from sdesens.estimators.checks import THROUGH_SCORE, density_fault, refuses_pathwise
 from sdesens.estimators.methods import Choice, applicable, choose
-from sdesens.estimators.model import Question, with_graph
+from sdesens.estimators.model import with_graph
 from sdesens.estimators.run import Task, answer, regression, vectorises
-from sdesens.noise import Noise, independent
+from sdesens.noise import independent
 
 PILOT = 2_000  # draws that a method is tried on
 CONSTANT = 10_000  # draws that the optimal constant is computed from
@@ -32,24 +31,29 @@ def constants(task: Task, n_samples: int) -> dict[str, Tensor] | None:
     return regression(replace(task, noise=other), count - count % task.unit)
 
 
-def best(question: Question, law: Law, noise: Noise, n_samples: int) -> tuple[Choice, dict[str, float | str]]:
-    """The unbiased method whose gradient varies least, and what was found of each."""
+def best(bare: Task, n_samples: int) -> tuple[Choice, dict[str, float | str]]:
+    """The unbiased method whose gradient varies least, and what was found of each; `bare` is a task without a choice."""
+    question, law, noise = bare.question, bare.law, bare.noise
     with_items, graph = question.x is not None, with_graph(question)
     names = applicable(graph, with_items)
     if "enumerate" in names:
         return choose("enumerate", {}, law, with_items, n_samples), {"enumerate": 0.0}
     if not names:
         choose("score_function", {}, graph, with_items, n_samples)  # says why it cannot be used
+    tried: dict[str, float | str] = {}
+    fault = density_fault(bare) if "score_function" in names else None
+    if fault is not None:
+        names = [k for k in names if k not in THROUGH_SCORE]
+        tried["score_function"] = fault
     other = independent(noise)
     count = min(n_samples, PILOT)
     count -= count % (2 * noise.unit)
     candidates = [choose(k, {}, law, with_items, count) for k in names if k != "rloo"]
     if "score_function" in names and other is not noise:
         candidates.append(choose("score_function", {"baseline": "optimal"}, law, with_items, count))
-    tried: dict[str, float | str] = {}
     spread: list[tuple[float, Choice]] = []
     for choice in candidates:
-        task = Task(question, choice, other, law, False)
+        task = replace(bare, choice=choice, noise=other)
         reason = refuses_pathwise(task) if choice.name == "pathwise" else None
         if reason is not None:
             tried[str(choice)] = reason

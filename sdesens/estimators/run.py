@@ -6,7 +6,8 @@ derivative of the surrogate. Laws that draw from torch's generator, and function
 unit in a loop; their units are then larger and fewer.
 
 With N items, items are strata: a unit is a draw for each item of a stratum, and only the spread between draws enters a
-standard error, never that between items. The estimate is the mean over these items.
+standard error, never that between items. The estimate is the mean over these items. Where one item looks at another (batch
+normalisation), or parameters have rows for items, all items are one stratum.
 """
 
 import math
@@ -52,6 +53,8 @@ class Task:
         At the question's own parameters: for shapes.
     vectorised : bool
         Whether units are made by vmap or in a loop.
+    divisible : bool
+        Whether items can be answered apart: no item looks at another.
     """
 
     question: Question
@@ -59,6 +62,7 @@ class Task:
     noise: Noise
     law: Law
     vectorised: bool
+    divisible: bool = True
 
     @property
     def opaque(self) -> bool:
@@ -69,10 +73,6 @@ class Task:
     def unit(self) -> int:
         """The least number of draws that are one independent unit."""
         return math.lcm(self.choice.group, self.noise.unit)
-
-    def law_of(self, x: Tensor | None) -> Law:
-        """The law of other items, at the question's own parameters."""
-        return law_at(self.question.model, x, {**self.question.params, **self.question.theta})
 
     def draws(self, theta: Params, eps: Tensor, extra: Tensor, x: Tensor | None) -> Draws:
         """Draws from the law at theta."""
@@ -182,7 +182,9 @@ class Layout:
         numbers = sum(v.numel() for v in q.theta.values()) * (1 + task.controlled)
         whole = n_samples // least
         most = max(min(whole // LOOPS, UNIT // least), 1)  # keeps LOOPS units, if there are so many
-        if not task.vectorised:
+        if not task.divisible:
+            strata, size = 1, least * most
+        elif not task.vectorised:
             strata = _divisor(q.n_items, max(LOOPS // whole, 1))
             size = least * most
         else:
@@ -211,7 +213,8 @@ def answer(task: Task, n_samples: int, constants: Gradients | None = None, bar=N
         values, gradients = task.contributions(first, count, size, layout.strata)
         _check_finite(task, first, values, gradients)
         pair = task.noise.unit
-        sums[""] += _moments(values.unflatten(0, (-1, pair)).mean(1), pair)
+        means, together = (values, 1) if task.divisible else (values.mean(1, keepdim=True), task.question.n_items)
+        sums[""] += _moments(means.unflatten(0, (-1, pair)).mean(1), pair * together)
         for k, g in gradients.items():
             if constants is not None:
                 g = g[:, :, 0] - constants[k] * g[:, :, 1]
@@ -296,7 +299,7 @@ def vectorises(task: Task) -> bool:
         return False
     n, unit = task.question.n_items, task.unit
     try:
-        replace(task, vectorised=True).contributions(0, 2 * unit, unit, _divisor(n, 2))
+        replace(task, vectorised=True).contributions(0, 2 * unit, unit, _divisor(n, 2) if task.divisible else 1)
     except (RuntimeError, NotImplementedError):  # what torch raises for operations that vmap cannot take
         return False
     return True
@@ -321,6 +324,15 @@ def noise_of(seed: int | None, noise: Noise | None) -> Noise:
     if source.weights(0, 1, dtype=torch.float64, device=torch.device("cpu")) is not None:
         raise ArgumentError("`noise` has path weights, which are for an SDE's Problem and `sdesens.sensitivity`.")
     return source
+
+
+def check_groups(choice: Choice, noise: Noise) -> None:
+    """Raise where a leave-one-out baseline would hold the mirror image of the draw it is for."""
+    if choice.group > 1 and noise.unit > 1:
+        raise ArgumentError(
+            f"{choice.name} with a leave-one-out baseline needs draws that are independent, and antithetic ones are pairs: give `seed`, or "
+            "another baseline."
+        )
 
 
 def check_samples(n_samples: int, source: Noise) -> None:

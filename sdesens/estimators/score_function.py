@@ -24,7 +24,8 @@ BASELINES = ("none", "leave_one_out", "optimal")
 def score_function(draws: Draws, *, baseline: str | float = "none", group: int = 1) -> Surrogate:
     """Equation (1); `group` is K of equation (2)."""
     z = draws.fixed()
-    values, log_q = draws.value(z), draws.log_prob(z)
+    log_q = draws.log_prob(z)  # first: f might write into z
+    values = draws.value(z)
     f = values.detach()
     if baseline == "leave_one_out":
         of_group = f.unflatten(0, (-1, group))  # (L / K, K, n)

@@ -11,6 +11,7 @@ than the one it draws. And a density is not enough for the score function where 
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from sdesens.estimators.laws import Bernoulli, Categorical, Law, LogNormal, Mult
 from sdesens.noise import Noise, Philox
 from sdesens.tensors import concrete
 
+_GENERATOR = threading.RLock()
 BIASED = (distributions.OneHotCategoricalStraightThrough,)
 
 
@@ -47,7 +49,10 @@ class TorchLaw:
     @property
     def biased(self) -> bool:
         """Whether its `rsample` is not the derivative of its draw."""
-        return isinstance(self.distribution, BIASED)
+        d: Distribution | None = self.distribution
+        while d is not None and not isinstance(d, BIASED):
+            d = getattr(d, "base_dist", None)
+        return d is not None
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -66,10 +71,14 @@ class TorchLaw:
         return z.detach()
 
     def no_density(self) -> str | None:
+        d = self.distribution
         try:
-            self.distribution.log_prob(self.distribution.sample())
+            with torch.random.fork_rng():
+                d.log_prob(d.sample())
         except NotImplementedError:
             return f"{type(self.distribution).__name__} has no `log_prob`"
+        if isinstance(d, distributions.Categorical | distributions.OneHotCategorical) and bool((d.probs <= 0).any()):
+            return "a probability is 0, so draws say nothing of the values that are never drawn"
         moving = [v for v in vars(self.distribution.support).values() if isinstance(v, Tensor) and v.requires_grad]
         if moving:
             return f"the support of {type(self.distribution).__name__} moves with its parameters"
@@ -80,7 +89,10 @@ class TorchLaw:
         d = self.distribution
         if not d.has_enumerate_support:
             return None
-        values = d.enumerate_support(expand=False)
+        try:
+            values = d.enumerate_support(expand=False)
+        except NotImplementedError:
+            return None  # components with unlike values
         return values.reshape(values.shape[0], *d.event_shape).to(torch.get_default_dtype())
 
 
@@ -105,7 +117,8 @@ def as_law(d: Distribution) -> Law:
     if type(d) is distributions.Bernoulli:
         return Bernoulli(logits=d.logits) if "logits" in vars(d) else Bernoulli(probs=d.probs)
     if type(d) is distributions.OneHotCategorical and len(event) == 1:
-        return Categorical(logits=d.logits)
+        given = d._categorical  # which knows what it was given: logits made from probabilities hide a 0
+        return Categorical(logits=given.logits) if "logits" in vars(given) else Categorical(probs=given.probs)
     return TorchLaw(d)
 
 
@@ -134,6 +147,6 @@ def seeded(noise: Noise, first: int) -> Iterator[None]:
             "function of noise with Reparameterised."
         )
     digest = hashlib.sha256(f"{noise.seed % 2**64} {noise.stream} {first}".encode()).digest()
-    with torch.random.fork_rng():
+    with _GENERATOR, torch.random.fork_rng():  # there is one generator, for all threads
         torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         yield
