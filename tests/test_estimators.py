@@ -690,6 +690,22 @@ def test_right_methods_survive_a_wrong_density():
     assert abs(result.gradient["loc"].mean - exact) < 4.5 * result.gradient["loc"].standard_error
 
 
+def test_clamped_draws_are_left_to_pathwise():
+    """Beta(a, a) with a = 0.05: torch clamps a sixth of its draws. E z = 1/2, derivative in the second -1/(4 a) = -5."""
+    params = {"concentration1": scalar(0.05), "concentration0": scalar(0.05)}
+    result = expectation_gradient(td.Beta, lambda z, p: z, params, n_samples=20_000, seed=1)
+    assert result.method == "pathwise"
+    assert "clamps" in result.tried["score_function"]
+    assert abs(result.gradient["concentration0"].mean + 5) < 4.5 * result.gradient["concentration0"].standard_error
+
+
+def test_the_default_with_given_noise_tries_what_it_suffices_for():
+    noise = GivenNoise(torch.randn(1, 500, 1, dtype=F64, generator=torch.Generator().manual_seed(1)))
+    result = expectation_gradient(Normal, quadratic, N11, n_samples=500, noise=noise)
+    assert result.method == "pathwise"
+    assert "components" in result.tried["measure_valued"]
+
+
 def test_straight_through_inside_a_transform_is_biased_too():
     result = expectation_gradient(
         lambda p: td.TransformedDistribution(td.OneHotCategoricalStraightThrough(logits=p["l"]), [td.AffineTransform(0.0, 2.0, event_dim=1)]),

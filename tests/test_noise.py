@@ -434,7 +434,7 @@ def given(shape=(6, 5, 2), **changes):
         (lambda: given(first=3, count=3), ArgumentError, r"paths 3 \.\.\. 5 at steps"),
         (lambda: given(n_steps=7), ArgumentError, "holds 5 paths x 6 steps.*give more noise"),
         (lambda: given(step=4, n_steps=3), ArgumentError, r"at steps 4 \.\.\. 6"),
-        (lambda: given(dim=3), ShapeError, r"has 2 components.*noise_dim = 3: give z of shape \(N, B, 3\)"),
+        (lambda: given(dim=3), ShapeError, r"has 2 components.*noise_dim = 3 is needed: give z of shape \(N, B, 3\)"),
         (lambda: given(first=-1), ArgumentError, "paths -1"),
         (lambda: given(step=-1, n_steps=2), ArgumentError, "steps -1"),
         (lambda: GivenNoise(torch.zeros(3, 2)), ShapeError, r"`z` must be .*\(steps, paths, noise_dim\)"),

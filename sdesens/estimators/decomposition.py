@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError, DetachedError, JumpError, MethodError
 from sdesens.estimate import Estimate
-from sdesens.estimators.checks import check_explicit
+from sdesens.estimators.checks import refuse_explicit_jump
 from sdesens.estimators.draws import evaluate
 from sdesens.estimators.enumeration import values_of_component
 from sdesens.estimators.gradient import expectation_gradient
@@ -127,7 +127,7 @@ def decompose(
     if values_of_component(law) is not None or bool((z == z.round()).all()):
         raise ArgumentError("the law is discrete: its integral is the sum that method='enumerate' takes.")
     p = question.params
-    check_explicit(Task(question, NO_CHOICE, Philox(0), law, False))
+    refuse_explicit_jump(Task(question, NO_CHOICE, Philox(0), law, False))
     density, explicit, error = _integrals(question, law, z)
 
     def frozen_law(_: Mapping[str, Tensor]) -> Law:
@@ -172,9 +172,14 @@ def _integrals(question: Question, law: Law, z: Tensor) -> tuple[dict[str, Tenso
 
     tolerance = max(TOLERANCE, 50 * torch.finfo(z.dtype).eps)
     try:
-        found = integrate.cubature(integrand, low, high, rtol=tolerance, atol=tolerance, max_subdivisions=SUBDIVISIONS)
+        with np.errstate(all="ignore"):  # what is infinite is refused below
+            found = integrate.cubature(
+                integrand, low, high, rtol=tolerance, atol=tolerance, max_subdivisions=SUBDIVISIONS
+            )
     except ValueError as reason:
-        raise ArgumentError(f"the density cannot be integrated over {law.bounds}: {reason}") from reason
+        raise ArgumentError(
+            f"the density cannot be integrated over {law.bounds}: {str(reason).splitlines()[0]}"
+        ) from reason
     error = float(np.max(found.error))
     if found.status != "converged" or not math.isfinite(error):
         raise ArgumentError(

@@ -73,10 +73,19 @@ class Law(Protocol):
 
 
 class _Plain:
-    """What most laws have in common."""
+    """What most laws have in common: a normal for each number drawn."""
 
     steps: ClassVar[int] = 1
     bounds: ClassVar[tuple[float, float]] = EVERYWHERE
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of one draw."""
+        raise NotImplementedError
+
+    @property
+    def noise(self) -> Shape:
+        return self.shape
 
     def fixed(self, z: Tensor) -> Tensor:
         return z.detach()
@@ -117,10 +126,6 @@ class Normal(_Plain):
     def shape(self) -> Shape:
         return tuple(torch.broadcast_shapes(self.mean.shape, self.scale.shape))
 
-    @property
-    def noise(self) -> Shape:
-        return self.shape
-
     def draw(self, eps: Tensor) -> Tensor:
         return self.mean + self.scale * eps
 
@@ -153,10 +158,6 @@ class LogNormal(_Plain):
     @property
     def shape(self) -> Shape:
         return Normal(self.mean, self.scale).shape
-
-    @property
-    def noise(self) -> Shape:
-        return self.shape
 
     def draw(self, eps: Tensor) -> Tensor:
         return torch.exp(self.mean + self.scale * eps)
@@ -198,10 +199,6 @@ class MultivariateNormal(_Plain):
     def shape(self) -> Shape:
         return tuple(torch.broadcast_shapes(self.mean.shape, self.scale_tril.shape[:-1]))
 
-    @property
-    def noise(self) -> Shape:
-        return self.shape
-
     def draw(self, eps: Tensor) -> Tensor:
         return self.mean + (self.scale_tril.tril() @ eps[..., None])[..., 0]
 
@@ -240,10 +237,6 @@ class Bernoulli(_Plain):
     @property
     def shape(self) -> Shape:
         return tuple(_given(self.probs, self.logits).shape)
-
-    @property
-    def noise(self) -> Shape:
-        return self.shape
 
     @property
     def p(self) -> Tensor:
@@ -316,10 +309,6 @@ class Categorical(_Plain):
     @property
     def shape(self) -> Shape:
         return tuple(_given(self.probs, self.logits).shape)
-
-    @property
-    def noise(self) -> Shape:
-        return self.shape
 
     @property
     def log_probs(self) -> Tensor:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from sdesens.errors import ArgumentError, MethodError, NonFiniteError
-from sdesens.estimators.checks import THROUGH_SCORE, density_fault, refuses_pathwise
+from sdesens.estimators.checks import THROUGH_SCORE, refuses_pathwise
+from sdesens.estimators.density import density_fault
 from sdesens.estimators.methods import Choice, applicable, choose
 from sdesens.estimators.model import with_graph
 from sdesens.estimators.run import Task, answer, regression, vectorises
@@ -51,6 +52,7 @@ def best(bare: Task, n_samples: int) -> tuple[Choice, dict[str, float | str]]:
     candidates = [choose(k, {}, law, with_items, count) for k in names if k != "rloo"]
     if "score_function" in names and other is not noise:
         candidates.append(choose("score_function", {"baseline": "optimal"}, law, with_items, count))
+    failed: list[Exception] = []
     spread: list[tuple[float, Choice]] = []
     for choice in candidates:
         task = replace(bare, choice=choice, noise=other)
@@ -58,18 +60,22 @@ def best(bare: Task, n_samples: int) -> tuple[Choice, dict[str, float | str]]:
         if reason is not None:
             tried[str(choice)] = reason
             continue
-        task = replace(task, vectorised=vectorises(task))
         try:
+            task = replace(task, vectorised=vectorises(task))
             found = answer(task, count, constants(task, count))
         except (
             RuntimeError,
+            ArgumentError,
             NonFiniteError,
-        ) as error:  # of torch: a law without a derivative; ours: a gradient that is not finite
+        ) as error:  # no derivative in torch, none that is finite, too little noise
             tried[str(choice)] = str(error).splitlines()[0]
+            failed.append(error)
             continue
         variance = sum(float(e.standard_error.square().sum()) * e.n for k, e in found.items() if k != "value")
         tried[str(choice)] = variance
         spread.append((variance, choice))
+    if not spread and failed and all(isinstance(e, NonFiniteError) for e in failed):
+        raise failed[0]
     if not spread:
         reasons = "; ".join(f"{k}: {why}" for k, why in tried.items())
         raise MethodError(

@@ -55,6 +55,11 @@ class TorchLaw:
         return d is not None
 
     @property
+    def discrete(self) -> bool:
+        """Whether its values are apart from each other."""
+        return bool(getattr(self.distribution.support, "is_discrete", False))
+
+    @property
     def bounds(self) -> tuple[float, float]:
         support = self.distribution.support
         low, high = getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)

@@ -228,7 +228,7 @@ class GivenNoise:
         steps, paths, width = self.z.shape
         if width != dim:
             raise ShapeError(
-                f"the given noise has {width} components, the SDE needs noise_dim = {dim}: give z of shape (N, B, {dim})."
+                f"the given noise has {width} components, but noise_dim = {dim} is needed: give z of shape (N, B, {dim})."
             )
         if min(first, step) < 0 or first + count > paths or step + n_steps > steps:
             raise ArgumentError(
