@@ -122,7 +122,7 @@ def expectation_gradient(
     noise : Noise, optional
         Instead of `seed`. A law that draws from torch's generator needs a seed.
     check : bool
-        Probe the question first: functions that are none, parameters that do not reach the result, jumps. Some 10 ms.
+        Probe the question first: functions that are none, parameters that do not reach the result, jumps. Some 20 ms.
     progress : bool, optional
         A progress bar on standard error; by default for runs of several seconds.
 
