@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError, DetachedError, JumpError, MethodError
 from sdesens.estimators.gradient import ExpectationGradient, expectation_gradient
+from sdesens.estimators.measure_valued import too_many
 from sdesens.estimators.methods import applicable
 from sdesens.estimators.model import Function, ask, detached, with_graph
 from sdesens.tables import as_text
@@ -146,16 +147,20 @@ def compare(
     ['gumbel_softmax', 'straight_through']
     """
     question = detached(ask(model, f, params, wrt, x))
+    refused: dict[str, str] = {}
     specs = [(m, {}) if isinstance(m, str) else m for m in methods] if methods is not None else None
     if specs is None:
         law = with_graph(question)
         specs = [(m, {}) for m in applicable(law, question.x is not None, biased=True)]
+        costly = too_many(law, question.x is not None)
+        if ("measure_valued", {}) in specs and costly is not None:
+            specs.remove(("measure_valued", {}))
+            refused["measure_valued"] = costly
         if ("score_function", {}) in specs:
             specs.insert(specs.index(("score_function", {})) + 1, ("score_function", {"baseline": "optimal"}))
     if not specs:
         raise ArgumentError("`methods` is empty: name some, or leave it out for all that apply.")
     results: dict[str, ExpectationGradient] = {}
-    refused: dict[str, str] = {}
     for method, options in specs:
         asked = {"n_samples": n_samples, "method": method, "wrt": wrt, "x": x, "seed": seed, **options}
         try:

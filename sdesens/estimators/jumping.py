@@ -4,6 +4,7 @@ Along z: each component of each item by a share of its own spread, within the su
 chain, by moving the parameters, for then the draw itself may jump. In the parameters: each by a share of its own size, draws fixed.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,7 @@ from sdesens.estimators.run import Task
 from sdesens.sde import Params
 
 AUDITED = 8192  # draws that are looked at
+NUMBERS = 2**21  # but fewer, where a draw is many numbers
 
 
 def explicit_jump(task: Task) -> bool:
@@ -60,4 +62,5 @@ def _jumps(F: Callable[[float], Tensor]) -> bool:
 
 
 def _audited(task: Task) -> int:
-    return max(AUDITED // task.question.n_items, 16)
+    numbers = max(math.prod(task.law.noise), task.question.n_items)  # of one draw for each item
+    return max(min(AUDITED // task.question.n_items, NUMBERS // numbers), 16)

@@ -21,6 +21,7 @@ from torch.special import ndtr
 from sdesens.estimators.draws import Draws, Surrogate
 from sdesens.estimators.laws import Bernoulli, Law, LogNormal, Normal
 
+TRIED = 32  # coordinates up to which it is tried by default
 NORMALS = 6  # a coordinate: two for R, three for D, one for U
 
 
@@ -72,6 +73,16 @@ def has_triple(law: Law) -> str | None:
     if isinstance(law, Normal | LogNormal | Bernoulli):
         return None
     return "it is written for independent normals, log-normals and coins"
+
+
+def too_many(law: Law, with_items: bool) -> str | None:
+    """Why it is not tried unless it is named: its cost grows with the coordinates of a draw."""
+    coordinates = math.prod(law.noise[with_items:])
+    return (
+        f"{coordinates} coordinates, several evaluations of f for each: name it to run it"
+        if coordinates > TRIED
+        else None
+    )
 
 
 def normals_needed(law: Law) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from sdesens.errors import ArgumentError, MethodError, NonFiniteError
 from sdesens.estimators.checks import THROUGH_SCORE, refuses_pathwise
 from sdesens.estimators.density import density_fault
+from sdesens.estimators.measure_valued import too_many
 from sdesens.estimators.methods import Choice, applicable, choose
 from sdesens.estimators.model import with_graph
 from sdesens.estimators.run import Task, answer, regression, vectorises
@@ -46,6 +47,10 @@ def best(bare: Task, n_samples: int) -> tuple[Choice, dict[str, float | str]]:
     if fault is not None:
         names = [k for k in names if k not in THROUGH_SCORE]
         tried["score_function"] = fault
+    costly = too_many(graph, with_items) if "measure_valued" in names else None
+    if costly is not None:
+        names.remove("measure_valued")
+        tried["measure_valued"] = costly
     other = independent(noise)
     count = min(n_samples, PILOT)
     count -= count % (2 * noise.unit)

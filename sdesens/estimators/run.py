@@ -225,16 +225,19 @@ def answer(task: Task, n_samples: int, constants: Gradients | None = None, bar=N
 def regression(task: Task, n_samples: int) -> Gradients:
     """For each coordinate, the multiple of the control that varies most like the gradient: Cov(g, s) / Var(s)."""
     layout = Layout.of(task, n_samples)
-    tables: dict[str, list[Tensor]] = {k: [] for k in task.question.theta}
+    sums: dict[str, list[Tensor]] = {}  # of g, s, g s, s s over units, by stratum
+    units = 0
     for first, count, size in layout.stretches(n_samples):
-        for k, g in task.contributions(first, count, size, layout.strata)[1].items():
-            tables[k].append(g)
+        table = task.contributions(first, count, size, layout.strata)[1]
+        units += count // size
+        for k, pair in table.items():
+            g, s = pair.double().unbind(2)
+            parts = [x.sum(0) for x in (g, s, g * s, s * s)]
+            sums[k] = [a + b for a, b in zip(sums[k], parts, strict=True)] if k in sums else parts
     found = {}
-    for k, parts in tables.items():
-        g, s = torch.cat(parts).unbind(2)
-        s_c = s - s.mean(0)
-        down = s_c.square().sum((0, 1))
-        found[k] = torch.where(down > 0, (g * s_c).sum((0, 1)) / down, torch.zeros_like(down))
+    for k, (g, s, gs, ss) in sums.items():
+        up, down = (gs - g * s / units).sum(0), (ss - s * s / units).sum(0)
+        found[k] = torch.where(down > 0, up / down, torch.zeros_like(down)).to(task.question.like.dtype)
     return found
 
 
