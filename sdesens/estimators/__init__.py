@@ -2,8 +2,10 @@
 
 from sdesens.estimators.compare import Comparison, compare
 from sdesens.estimators.decomposition import Decomposition, decompose
+from sdesens.estimators.discrete import Bernoulli, Categorical
+from sdesens.estimators.gaussian import LogNormal, MultivariateNormal, Normal
 from sdesens.estimators.gradient import ExpectationGradient, expectation_gradient, surrogate
-from sdesens.estimators.laws import Bernoulli, Categorical, Law, LogNormal, MultivariateNormal, Normal
+from sdesens.estimators.laws import Law
 from sdesens.estimators.methods import METHODS
 from sdesens.estimators.own import Reparameterised, Sampler
 from sdesens.estimators.study import Study, variance_study

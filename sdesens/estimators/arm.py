@@ -8,8 +8,9 @@ Reference: M. Yin, M. Zhou, ICLR 2019.
 
 from torch.special import ndtr
 
+from sdesens.estimators.discrete import Bernoulli
 from sdesens.estimators.draws import Draws, Surrogate
-from sdesens.estimators.laws import Bernoulli, Law
+from sdesens.estimators.laws import Law
 
 
 def arm(draws: Draws) -> Surrogate:

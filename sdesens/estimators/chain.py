@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from sdesens.errors import ArgumentError
-from sdesens.estimators.laws import EVERYWHERE, MultivariateNormal, Normal, Shape
+from sdesens.estimators.gaussian import MultivariateNormal, Normal
+from sdesens.estimators.laws import EVERYWHERE, Shape
 from sdesens.integrate.chunk import Dynamics, steps
 from sdesens.problem import Problem, Theta
 

@@ -8,8 +8,9 @@ A draw of C independent components with S values each has S^C values.
 import torch
 from torch import Tensor
 
+from sdesens.estimators.discrete import Bernoulli, Categorical
 from sdesens.estimators.draws import Draws, Surrogate
-from sdesens.estimators.laws import Bernoulli, Categorical, Law
+from sdesens.estimators.laws import Law
 from sdesens.estimators.torch_law import TorchLaw
 
 MAX_STATES = 4096

@@ -14,8 +14,9 @@ import math
 import torch
 
 from sdesens.errors import ArgumentError
+from sdesens.estimators.discrete import Bernoulli, Categorical, gumbel, logistic
 from sdesens.estimators.draws import Draws, Surrogate
-from sdesens.estimators.laws import Bernoulli, Categorical, Law, gumbel, logistic
+from sdesens.estimators.laws import Law
 
 
 def gumbel_softmax(draws: Draws, *, temperature: float = 0.5, straight_through: bool = False) -> Surrogate:

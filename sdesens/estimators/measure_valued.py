@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 from torch.special import ndtr
 
+from sdesens.estimators.discrete import Bernoulli
 from sdesens.estimators.draws import Draws, Surrogate
-from sdesens.estimators.laws import Bernoulli, Law, LogNormal, Normal
+from sdesens.estimators.gaussian import LogNormal, Normal
+from sdesens.estimators.laws import Law
 
 TRIED = 32  # coordinates up to which it is tried by default
 NORMALS = 6  # a coordinate: two for R, three for D, one for U

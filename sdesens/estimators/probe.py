@@ -21,11 +21,13 @@ PROBE = Philox(0, 0xFFFFFFFE)
 
 
 def draws_of(task: Task, count: int, theta: Params | None = None) -> Draws:
+    """Some draws of a task, at theta or at the question's own parameters."""
     eps, extra = task.normals(0, count + count % task.noise.unit)
     return task.draws(task.question.theta if theta is None else theta, eps, extra, task.question.x)
 
 
 def moved(theta: Params, direction: Params, e: float) -> Params:
+    """Parameters a step of length e along a direction."""
     return {k: v.detach() + e * direction[k] for k, v in theta.items()}
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError
 from sdesens.estimators.exact import Exact, normal_variances
+from sdesens.estimators.gaussian import Normal
 from sdesens.estimators.gradient import expectation_gradient
-from sdesens.estimators.laws import Normal
 from sdesens.tables import as_text
 
 

@@ -22,7 +22,9 @@ from torch import Tensor, distributions
 from torch.distributions import Distribution, constraints
 
 from sdesens.errors import ArgumentError
-from sdesens.estimators.laws import Bernoulli, Categorical, Law, LogNormal, MultivariateNormal, Normal, Shape
+from sdesens.estimators.discrete import Bernoulli, Categorical
+from sdesens.estimators.gaussian import LogNormal, MultivariateNormal, Normal
+from sdesens.estimators.laws import Law, Shape
 from sdesens.noise import Noise, Philox
 from sdesens.tensors import concrete
 
