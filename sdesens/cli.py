@@ -143,11 +143,11 @@ def estimators(
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    crossings = [
-        {"cost": c, "parameter": p, "sampled": found, "exact": exact}
-        for (c, p), (found, exact) in study.crossings.items()
-    ]
     if as_json:
+        crossings = [
+            {"cost": c, "parameter": p, "sampled": found, "exact": exact}
+            for (c, p), (found, exact) in study.crossings.items()
+        ]
         print(json.dumps(_plain({"seed": seed, "rows": rows, "crossings": crossings}), indent=2, allow_nan=False))
         return
     console = _console()

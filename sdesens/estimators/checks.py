@@ -24,6 +24,7 @@ from sdesens.estimators.methods import applicable
 from sdesens.estimators.model import law_at
 from sdesens.estimators.probe import PROBE, draws_of
 from sdesens.estimators.run import Task
+from sdesens.sensitivity.tile import pull
 
 ROWS = 4  # draws, and items, that are looked at one by one
 THROUGH_SCORE = ("score_function", "rloo")
@@ -112,7 +113,7 @@ def refuses_pathwise(task: Task) -> str | None:
 
 
 def _check_rows(task: Task) -> None:
-    q, p = task.question, {**task.question.params, **task.question.theta}
+    q, p = task.question, task.question.p
     with torch.no_grad():
         draws = draws_of(task, ROWS)
         z = draws.made()
@@ -146,7 +147,7 @@ def _check_rows(task: Task) -> None:
 
 
 def _items_differ(task: Task, x: Tensor) -> bool:
-    q, p = task.question, {**task.question.params, **task.question.theta}
+    q, p = task.question, task.question.p
     draws = draws_of(task, ROWS)
     z = draws.made()
     values = draws.value(z)
@@ -196,7 +197,8 @@ def _check_reached(task: Task) -> None:
     with torch.enable_grad():
         draws = draws_of(task, task.unit * ROWS, leaves)
         surrogate = task.choice(draws).surrogate
-        found = torch.autograd.grad(surrogate.sum(), list(leaves.values()), allow_unused=True) if surrogate.requires_grad else [None] * len(leaves)  # fmt: skip
+        total = surrogate.sum()
+        found = pull(total, list(leaves.values()), torch.ones_like(total))
         missing = [k for k, g in zip(leaves, found, strict=True) if g is None]
         if missing and task.choice.name in THROUGH_F and cut_off(draws):
             raise DetachedError(
@@ -212,7 +214,8 @@ def _check_reached(task: Task) -> None:
 
 
 def cut_off(draws: Draws) -> bool:
+    """Whether autograd sees no way from z to f."""
     with torch.enable_grad():
         z = draws.made().detach().requires_grad_()
         values = draws.value(z)
-        return not values.requires_grad or torch.autograd.grad(values.sum(), z, allow_unused=True)[0] is None
+    return pull(values, [z], torch.ones_like(values))[0] is None

@@ -147,10 +147,10 @@ def compare(
     ['gumbel_softmax', 'straight_through']
     """
     question = detached(ask(model, f, params, wrt, x))
+    law = with_graph(question)
     refused: dict[str, str] = {}
     specs = [(m, {}) if isinstance(m, str) else m for m in methods] if methods is not None else None
     if specs is None:
-        law = with_graph(question)
         specs = [(m, {}) for m in applicable(law, question.x is not None, biased=True)]
         costly = too_many(law, question.x is not None)
         if ("measure_valued", {}) in specs and costly is not None:
@@ -173,7 +173,7 @@ def compare(
             refused[method] = str(error).split(", so ")[0].split(": ")[0].split(" (")[0]
             continue
         results[result.method] = result
-    if exact is None and "enumerate" in applicable(with_graph(question), x is not None):
+    if exact is None and "enumerate" in applicable(law, x is not None):
         by_sum = results.get("enumerate") or expectation_gradient(
             model, f, params, n_samples=2, method="enumerate", wrt=wrt, x=x, check=False
         )

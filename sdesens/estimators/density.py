@@ -15,9 +15,8 @@ from torch import Tensor
 from sdesens.estimators.model import with_graph
 from sdesens.estimators.own import Own
 from sdesens.estimators.probe import PROBE
-from sdesens.estimators.run import Task
+from sdesens.estimators.run import Task, gradients
 from sdesens.estimators.torch_law import TorchLaw
-from sdesens.sde import Params
 
 GROUPS, GROUP = 50, 40  # draws from which a density is judged
 REPEATS = 0.01  # share of draws that may be one another's equals, by rounding
@@ -45,7 +44,7 @@ def density_fault(task: Task) -> str | None:
                 h = draws.per_item(z)
                 centred = (h - h.mean(0)).detach() * (GROUP / (GROUP - 1))
                 tests.append((centred * log_q - h).mean())
-            rows.append(torch.stack([_flat_gradient(t, leaves) for t in tests]))
+            rows.append(torch.stack([torch.cat([g.flatten().double() for g in gradients(t, leaves)]) for t in tests]))
     if isinstance(law, TorchLaw) and not law.discrete and _repeats(torch.cat(seen)) > REPEATS:
         return "torch clamps draws of so extreme a law, and the density is not that of clamped draws"
     found = torch.stack(rows)  # (GROUPS, tests, P)
@@ -63,13 +62,3 @@ def _repeats(z: Tensor) -> float:
     """Share of draws, in the component where it is largest, that have occurred before."""
     ordered = z.reshape(len(z), -1).sort(0).values
     return float((ordered.diff(dim=0) == 0).double().mean(0).max())
-
-
-def _flat_gradient(y: Tensor, leaves: Params) -> Tensor:
-    found = [None] * len(leaves) if not y.requires_grad else torch.autograd.grad(y, list(leaves.values()), retain_graph=True, allow_unused=True)  # fmt: skip
-    return torch.cat(
-        [
-            (torch.zeros_like(v) if g is None else g).flatten().double()
-            for g, v in zip(found, leaves.values(), strict=True)
-        ]
-    )

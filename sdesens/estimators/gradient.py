@@ -22,7 +22,17 @@ from sdesens.estimators.checks import check_functions, check_method, divisible
 from sdesens.estimators.methods import choose
 from sdesens.estimators.model import Function, ask, detached, with_graph
 from sdesens.estimators.pilot import best, constants
-from sdesens.estimators.run import NO_CHOICE, Task, answer, check_groups, check_samples, exactly, noise_of, vectorises
+from sdesens.estimators.run import (
+    NO_CHOICE,
+    Task,
+    answer,
+    check_groups,
+    check_multiple,
+    check_samples,
+    exactly,
+    noise_of,
+    vectorises,
+)
 from sdesens.noise import Noise
 from sdesens.problem import Problem
 from sdesens.sensitivity.probe import check_problem
@@ -231,8 +241,7 @@ def surrogate(
             "give `seed`, another one at each step: the same noise again and again would be learnt by heart."
         )
     source = noise_of(seed, noise)
-    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1 or n_samples % source.unit:
-        raise ArgumentError(f"`n_samples` must be a positive multiple of {source.unit}, got {n_samples}.")
+    check_multiple(n_samples, source.unit)
     law = question.law(question.theta)
     choice = choose(method, options, law, x is not None, n_samples, n_groups=1)
     if options.get("baseline") == "optimal":

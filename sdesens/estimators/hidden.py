@@ -32,7 +32,7 @@ def check_explicit(task: Task) -> None:
         line = v.detach(), direction_of(v, i)
 
         def along(s: Tensor, name: str = name, line: tuple[Tensor, Tensor] = line) -> Tensor:
-            return evaluate(q.f, z, q.x, {**q.params, **q.theta, name: line[0] + s * line[1]}).flatten()
+            return evaluate(q.f, z, q.x, {**q.p, name: line[0] + s * line[1]}).flatten()
 
         check_derivative(along, f"`f` depends on {name!r}")
 
@@ -59,7 +59,7 @@ def check_law(task: Task) -> None:
 
 def check_along(task: Task) -> None:
     """f along z: what autograd sees must be all there is."""
-    q, p = task.question, {**task.question.params, **task.question.theta}
+    q, p = task.question, task.question.p
     with torch.no_grad():
         z = draws_of(task, LINES).made()
     if task.choice.name in ("gumbel_softmax", "straight_through"):

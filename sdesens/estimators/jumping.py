@@ -35,13 +35,12 @@ def explicit_jump(task: Task) -> bool:
 def pathwise_jump(task: Task) -> bool:
     """Whether f jumps along the draws: about in their support, or as the user's own g moves with the parameters."""
     q, count = task.question, _audited(task)
-    p = {**q.params, **q.theta}
     with torch.no_grad():
         z = draws_of(task, count).made()
         to, back = free(task.law)
         u = back(z)
         step = spread_of(u) * signs(u[0], 0)
-        if _jumps(lambda e: evaluate(q.f, to(u + e * step), q.x, p).flatten()):
+        if _jumps(lambda e: evaluate(q.f, to(u + e * step), q.x, q.p).flatten()):
             return True
         if not isinstance(task.law, Own | Chain):
             return False

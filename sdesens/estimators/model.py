@@ -108,6 +108,11 @@ class Question:
         return law_at(self.model, self.x, {**self.params, **theta})
 
     @property
+    def p(self) -> dict[str, Tensor]:
+        """What f and the model are given."""
+        return {**self.params, **self.theta}
+
+    @property
     def like(self) -> Tensor:
         """A tensor of the dtype and on the device of the computation."""
         return next(iter(self.params.values()))

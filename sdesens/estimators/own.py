@@ -48,9 +48,7 @@ class Reparameterised:
         if not shape or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
             raise ShapeError(f"`noise_shape` must hold positive ints, got {self.noise_shape!r}: 3, or (3, 4).")
         object.__setattr__(self, "noise_shape", shape)
-        for name, function in (("g", self.g), ("log_prob", self.log_prob)):
-            if function is not None and not callable(function):
-                raise ArgumentTypeError(f"`{name}` must be a function, got {type(function).__name__}.")
+        _check_callable(g=self.g, log_prob=self.log_prob)
 
     def __call__(self, *given: Any) -> Law:
         assert isinstance(self.noise_shape, tuple)  # made so when the model was
@@ -79,9 +77,7 @@ class Sampler:
     log_prob: Callable[..., Tensor] | None = None
 
     def __post_init__(self):
-        for name, function in (("sample", self.sample), ("log_prob", self.log_prob)):
-            if function is not None and not callable(function):
-                raise ArgumentTypeError(f"`{name}` must be a function, got {type(function).__name__}.")
+        _check_callable(sample=self.sample, log_prob=self.log_prob)
 
     def __call__(self, *given: Any) -> Law:
         items, sample, log_prob = _with_items(given, lambda eps, *rest: self.sample(len(eps), *rest), self.log_prob)
@@ -132,6 +128,12 @@ class Own:
 
     def no_density(self) -> str | None:
         return None if self.density is not None else "the model has no `log_prob`: give one"
+
+
+def _check_callable(**functions: Callable | None) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise ArgumentTypeError(f"`{name}` must be a function, got {type(function).__name__}.")
 
 
 def _with_items(

@@ -68,11 +68,8 @@ def best(bare: Task, n_samples: int) -> tuple[Choice, dict[str, float | str]]:
         try:
             task = replace(task, vectorised=vectorises(task))
             found = answer(task, count, constants(task, count))
-        except (
-            RuntimeError,
-            ArgumentError,
-            NonFiniteError,
-        ) as error:  # no derivative in torch, none that is finite, too little noise
+        # no derivative in torch, too little noise given, no derivative that is finite
+        except (RuntimeError, ArgumentError, NonFiniteError) as error:
             tried[str(choice)] = str(error).splitlines()[0]
             failed.append(error)
             continue

@@ -29,6 +29,7 @@ from sdesens.estimators.model import Question, law_at
 from sdesens.estimators.torch_law import seeded
 from sdesens.noise import Noise, Philox, settle
 from sdesens.sde import Params
+from sdesens.sensitivity.tile import pull
 
 TILE = 2**18  # numbers of the largest array of a tile
 TABLE = 2**21  # numbers of the table of gradients of a tile
@@ -149,18 +150,15 @@ class Task:
         leaves = {k: v.detach().requires_grad_() for k, v in self.question.theta.items()}
         with torch.enable_grad():
             objective, values = self._objective(leaves, eps, extra, x)
-        found = [
-            [torch.zeros_like(v) if g is None else g for g, v in zip(_grad(part, leaves), leaves.values(), strict=True)]
-            for part in objective.reshape(-1)
-        ]
+        found = [gradients(part, leaves) for part in objective.reshape(-1)]
         pairs = zip(*found, strict=True)
         return values, {k: torch.stack(g) if self.controlled else g[0] for k, g in zip(leaves, pairs, strict=True)}
 
 
-def _grad(part: Tensor, leaves: Params) -> tuple[Tensor | None, ...]:
-    if not part.requires_grad:
-        return (None,) * len(leaves)
-    return torch.autograd.grad(part, list(leaves.values()), retain_graph=True, allow_unused=True)
+def gradients(y: Tensor, leaves: Params) -> list[Tensor]:
+    """dy/dleaves of a 0-dim y, zeros where it does not reach; the graph is kept."""
+    found = pull(y, list(leaves.values()), torch.ones_like(y), retain_graph=True)
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(found, leaves.values(), strict=True)]
 
 
 def _stack(parts: list[Gradients]) -> Gradients:
@@ -336,6 +334,12 @@ def check_groups(choice: Choice, noise: Noise) -> None:
             f"{choice.name} with a leave-one-out baseline needs draws that are independent, and antithetic ones are pairs: give `seed`, or "
             "another baseline."
         )
+
+
+def check_multiple(n_samples: int, unit: int) -> None:
+    """Raise ArgumentError unless n_samples is a positive multiple of an independent unit."""
+    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1 or n_samples % unit:
+        raise ArgumentError(f"`n_samples` must be a positive multiple of {unit}, got {n_samples!r}.")
 
 
 def check_samples(n_samples: int, source: Noise) -> None:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from sdesens.errors import ArgumentError, MethodError
+from sdesens.errors import MethodError
 from sdesens.estimators.methods import choose
 from sdesens.estimators.model import ask, detached
-from sdesens.estimators.run import Task, noise_of
+from sdesens.estimators.run import Task, check_multiple, noise_of
 from sdesens.noise import Noise
 
 
@@ -56,8 +56,7 @@ def sample_tangents(
         raise MethodError(
             f"the draws of {type(law).__name__} are not made from our noise: their derivatives are inside torch's rsample."
         )
-    if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1 or n_samples % task.unit:
-        raise ArgumentError(f"`n_samples` must be a positive multiple of {task.unit}, got {n_samples!r}.")
+    check_multiple(n_samples, task.unit)
     eps, extra = task.normals(0, n_samples)
 
     def one(theta: Mapping[str, Tensor], e: Tensor) -> tuple[Tensor, Tensor]:

@@ -217,7 +217,7 @@ def group_means(tile: Tile, theta_bar: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v / tile.group for k, v in theta_bar.items()}
 
 
-def pull(outputs, inputs: list[Tensor], cotangents) -> list[Tensor | None]:
+def pull(outputs, inputs: list[Tensor], cotangents, *, retain_graph: bool = False) -> list[Tensor | None]:
     """Vector-Jacobian product; None for inputs that the outputs do not reach, or where nothing is reached."""
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
     cotangents = [cotangents] if isinstance(cotangents, Tensor) else cotangents
@@ -225,7 +225,7 @@ def pull(outputs, inputs: list[Tensor], cotangents) -> list[Tensor | None]:
     if not pairs:
         return [None] * len(inputs)
     outs, cots = zip(*pairs, strict=True)
-    return list(torch.autograd.grad(outs, inputs, cots, allow_unused=True))
+    return list(torch.autograd.grad(outs, inputs, cots, retain_graph=retain_graph or None, allow_unused=True))
 
 
 def accumulate(theta_bar: dict[str, Tensor], bars: list[Tensor | None]) -> None:
