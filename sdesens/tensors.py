@@ -42,6 +42,23 @@ def _dense(x):
     return {k: v.contiguous() for k, v in x.items()} if isinstance(x, Mapping) else x.contiguous()
 
 
+def basis(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The unit vectors of the space of these tensors, in the order of its components."""
+    vectors = []
+    for name, value in tensors.items():
+        for i in range(value.numel()):
+            unit = {k: v.new_zeros(v.shape) for k, v in tensors.items()}  # contiguous, whatever the layout of v
+            unit[name].view(-1)[i] = 1.0
+            vectors.append(unit)
+    return vectors
+
+
+def split(flat: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rows (B, number of components) back to one entry a tensor, (B, *shape): components in the order of `basis`."""
+    parts = flat.split([v.numel() for v in tensors.values()], dim=1)
+    return {k: part.reshape(-1, *v.shape) for part, (k, v) in zip(parts, tensors.items(), strict=True)}
+
+
 def concrete(x: Tensor) -> bool:
     """Whether the values of x can be looked at: not under vmap, jvp or grad of torch.func, nor while compiling."""
     return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)

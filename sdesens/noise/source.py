@@ -426,6 +426,26 @@ def independent(source: Noise) -> Noise:
     return source
 
 
+def apart(source: Noise) -> Noise:
+    """Noise for draws beside the paths, of any number a path: another half of the Philox streams.
+
+    Raises
+    ------
+    ArgumentError
+        If the source holds given numbers, which are all there are.
+    """
+    if isinstance(source, Philox):
+        return replace(source, stream=(source.stream + 2**31) % 2**32)
+    if isinstance(source, Antithetic):
+        return replace(source, source=apart(source.source))
+    if isinstance(source, Coarsened | Held):
+        return apart(source.source)
+    raise ArgumentError(
+        f"{type(source).__name__} holds the normals of the paths and no others, but draws beside the paths are needed: use "
+        "Philox(seed), or a method without draws of its own (vibrato with draws=1)."
+    )
+
+
 def _check_source(source) -> None:
     if not isinstance(source, Noise) or isinstance(source, type):
         raise ArgumentTypeError(f"`source` must be a noise source such as Philox(seed), got {source!r:.60}.")

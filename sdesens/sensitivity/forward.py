@@ -30,7 +30,7 @@ from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.sde import SDE
 from sdesens.sensitivity.tile import Contributions, Tile
-from sdesens.tensors import jvp
+from sdesens.tensors import basis, jvp, split
 
 Tangents = dict[str, Tensor]
 
@@ -59,22 +59,11 @@ def forward(tile: Tile, theta: Theta, *, strategy: str | None = None) -> Contrib
         return (_by_jacobians if strategy == "jacobians" else _by_directions)(tile, theta)
 
 
-def basis(theta: Theta) -> list[Tangents]:
-    """The unit vectors of theta's space, in the order of its components."""
-    vectors = []
-    for name, value in theta.items():
-        for i in range(value.numel()):
-            unit = {k: v.new_zeros(v.shape) for k, v in theta.items()}  # contiguous, whatever the layout of v
-            unit[name].view(-1)[i] = 1.0
-            vectors.append(unit)
-    return vectors
-
-
 def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
-    problem, units = tile.problem, basis(theta)
+    units = basis(theta)
     y = tile.start(theta)
     tangents = [jvp(lambda th: tile.start(th) + 0, (theta,), (unit,))[1] for unit in units]
-    ys, S = [y] * len(problem.outputs), [list(tangents) for _ in problem.outputs]  # S[output][direction]
+    ys, S = [y] * len(tile.outputs), [list(tangents) for _ in tile.outputs]  # S[output][direction]
     for chunk in tile.chunks:
         z = tile.driver.normals(chunk, tile.count, y)
 
@@ -97,14 +86,14 @@ def _by_directions(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
         values, row = jvp(tile.values, (theta, path), (unit, tangent))
         rows.append(row.double())
     tile.check(theta, path, values)
-    return Contributions(values, _unflatten(torch.stack(rows, 1), theta))
+    return Contributions(values, split(torch.stack(rows, 1), theta))
 
 
 def _by_jacobians(tile: Tile, theta: dict[str, Tensor]) -> Contributions:
     y = tile.start(theta)
     d, B = math.prod(y.shape[1:]), tile.count
     S = _tangents_at_start(tile, theta, y)
-    ys, tangents = [y] * len(tile.problem.outputs), [S] * len(tile.problem.outputs)
+    ys, tangents = [y] * len(tile.outputs), [S] * len(tile.outputs)
     for chunk in tile.chunks:
 
         def run(th: Theta, x: Tensor, z: Tensor, chunk: Chunk = chunk) -> tuple[Tensor, Tensor]:
@@ -142,7 +131,7 @@ def _weighed(tile: Tile, theta: dict[str, Tensor], path: Tensor, tangents: list[
     total = _flatten(explicit, B).double()  # (B, P)
     for output, tangent in enumerate(tangents):
         total += (ys_bar[:, output].reshape(B, 1, -1) @ tangent)[:, 0]
-    return Contributions(values, _unflatten(total, theta))
+    return Contributions(values, split(total, theta))
 
 
 def _by_kernels(tile: Tile, theta: dict[str, Tensor], strategy: str) -> Contributions:
@@ -150,7 +139,7 @@ def _by_kernels(tile: Tile, theta: dict[str, Tensor], strategy: str) -> Contribu
     ordered = {k: theta[k] for k in names}  # a kernel knows nothing of y0: its columns come last
     flow, y = tile.flow(theta), tile.start(theta)
     S = _tangents_at_start(tile, ordered, y)
-    ys, tangents = [y] * len(tile.problem.outputs), [S] * len(tile.problem.outputs)
+    ys, tangents = [y] * len(tile.outputs), [S] * len(tile.outputs)
     stored = _paths_inside(S)
     for chunk in tile.chunks:
         every = chunk.marks != (chunk.count,)
@@ -229,9 +218,3 @@ def _product(J: Tensor, S: Tensor) -> Tensor:
 def _flatten(tree: Tangents, *lead: int) -> Tensor:
     """Concatenate the parameters' own axes of each entry into one last axis."""
     return torch.cat([v.reshape(*lead, -1) for v in tree.values()], dim=-1)
-
-
-def _unflatten(flat: Tensor, theta: Theta) -> Tangents:
-    """(B, P) back to one entry a parameter."""
-    parts = flat.split([v.numel() for v in theta.values()], dim=1)
-    return {k: part.reshape(-1, *v.shape) for part, (k, v) in zip(parts, theta.items(), strict=True)}

@@ -14,6 +14,7 @@ Reference: M. Giles, P. Glasserman, Smoking adjoints, Risk 2006.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -54,10 +55,10 @@ def pathwise(tile: Tile, theta: Theta, *, budget: int = STATE_BUDGET) -> Contrib
     NonFiniteError
     """
     y0 = tile.start(theta, tile.width)
-    segments = _segments(tile.chunks, y0, budget)
+    segments = segmented(tile.chunks, y0, budget)
     tile = tile.holding_noise(y0)
     with torch.no_grad():
-        ys, checkpoints, boundaries = _forward(tile, theta, segments, y0)
+        ys, checkpoints, boundaries = forwards(tile, theta, segments, y0)
     ys = ys[:, : tile.count]
     leaves = group_leaves(tile, theta)
     values, ys_bar, theta_bar = functional_pullback(tile, leaves, ys)
@@ -66,29 +67,25 @@ def pathwise(tile: Tile, theta: Theta, *, budget: int = STATE_BUDGET) -> Contrib
     pull_chunk, flow = _kernel_pullback if tile.compiled else _plain_pullback, tile.flow(theta)
     bars = tile.widened(ys_bar)
     y_bar, totals = torch.zeros_like(bars[-1]), tile.zeros(theta)
-    for segment in reversed(segments):
-        start = checkpoints.pop()
-        if not boundaries:  # those of the last segment are at hand, the others are run again
-            with torch.no_grad():
-                boundaries = _boundaries(tile, theta, segment, start)
-        for chunk in reversed(segment):
-            y_bar, totals = pull_chunk(tile, flow, theta, leaves, chunk, boundaries.pop(), y_bar, bars, totals)
+    for chunk, start in backwards(tile, theta, segments, checkpoints, boundaries):
+        y_bar, totals = pull_chunk(tile, flow, theta, leaves, chunk, start, y_bar, bars, totals)
     accumulate(theta_bar, [total[: tile.n_groups] for total in totals.values()])
     initial_pullback(tile, leaves, tile.narrowed(y_bar) + ys_bar[0], theta_bar)
     return Contributions(values, group_means(tile, theta_bar))
 
 
-def _segments(chunks: list[Chunk], y: Tensor, budget: int) -> list[list[Chunk]]:
+def segmented(chunks: list[Chunk], y: Tensor, budget: int = STATE_BUDGET) -> list[list[Chunk]]:
+    """The chunks, cut where states like y are kept: all in one if their boundary states fit the budget, else O(sqrt N)."""
     n = len(chunks)
     length = n if n * y.numel() * y.element_size() <= budget else math.isqrt(n - 1) + 1
-    return [chunks[i : i + length] for i in range(0, n, length)]
+    return [chunks[i : i + length] for i in range(0, n, max(length, 1))]
 
 
-def _forward(
+def forwards(
     tile: Tile, theta: Theta, segments: list[list[Chunk]], y: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Outputs, the state at each segment's start, and the boundary states of the last segment."""
-    ys = [y] * len(tile.problem.outputs)
+    ys = [y] * len(tile.outputs)
     checkpoints, boundaries = [], []
     for segment in segments:
         checkpoints.append(y)
@@ -100,6 +97,19 @@ def _forward(
             if segment is segments[-1]:
                 boundaries.append(y)
     return torch.stack(ys), checkpoints, boundaries[:-1]
+
+
+def backwards(
+    tile: Tile, theta: Theta, segments: list[list[Chunk]], checkpoints: list[Tensor], boundaries: list[Tensor]
+) -> Iterator[tuple[Chunk, Tensor]]:
+    """Chunks from the last to the first, each with the states at its start, from what `forwards` kept."""
+    for segment in reversed(segments):
+        start = checkpoints.pop()
+        if not boundaries:  # those of the last segment are at hand, the others are run again
+            with torch.no_grad():
+                boundaries = _boundaries(tile, theta, segment, start)
+        for chunk in reversed(segment):
+            yield chunk, boundaries.pop()
 
 
 def _boundaries(tile: Tile, theta: Theta, segment: list[Chunk], y: Tensor) -> list[Tensor]:

@@ -92,6 +92,19 @@ def _looked_at(problem: Problem) -> list[int]:
     return sorted({0, problem.n_steps // 2, problem.n_steps - 1})
 
 
+def probe_states(problem: Problem, theta: Theta, noise_dim: int) -> list[tuple[int, Tensor]]:
+    """A few states (PROBE_PATHS, *event) of the made-up path, each with the step that starts there."""
+    y0 = problem.initial(theta)
+    y = y0.expand(PROBE_PATHS, *y0.shape)
+    dynamics = Dynamics(problem.sde, problem.params(theta), problem.t0, problem.step_size(theta))
+    found = []
+    for n in _looked_at(problem):
+        found.append((n, y))
+        z = Philox(0, PROBE_STREAM).normals(0, PROBE_PATHS, n, 1, noise_dim, dtype=y.dtype, device=y.device)
+        y = advance(dynamics, _single_step(n), y, z)[-1]
+    return found
+
+
 def _single_step(n: int) -> Chunk:
     return Chunk(n, 1, (1,), ())
 

@@ -14,10 +14,9 @@ from torch import Tensor
 from sdesens.errors import ArgumentError
 from sdesens.noise import Noise
 from sdesens.problem import Problem
-from sdesens.sensitivity.forward import basis
 from sdesens.sensitivity.probe import check_problem, noise_source
 from sdesens.sensitivity.tile import Tile
-from sdesens.tensors import jvp
+from sdesens.tensors import basis, jvp
 
 
 class TangentPaths(NamedTuple):

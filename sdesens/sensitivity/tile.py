@@ -12,6 +12,7 @@ group, at the cost of one. The spread between groups is what the standard error 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,10 +23,32 @@ from sdesens.integrate.chunk import Chunk, Driver, Dynamics
 from sdesens.integrate.compiled import Flow, kernel_length
 from sdesens.integrate.kernel import Clock
 from sdesens.integrate.solve import check_finite_paths
-from sdesens.noise import Held, Noise
+from sdesens.noise import Held, Noise, apart
 from sdesens.problem import Problem, Theta
 
 HELD_BYTES = 32 * 2**20  # noise kept between two sweeps
+
+
+class Measure(Protocol):
+    """Another number of each path than the problem's own functional, such as its expectation over the last step.
+
+    Attributes
+    ----------
+    outputs : tuple of int
+        Grid points at which it looks, the first being 0.
+    draws : int
+        Normals of its own that it needs a path, each of `noise_dim` components.
+    """
+
+    @property
+    def outputs(self) -> tuple[int, ...]: ...
+
+    @property
+    def draws(self) -> int: ...
+
+    def __call__(self, theta: Theta, ys: Tensor, own: Tensor | None) -> Tensor:
+        """The number, shape (B,), from states ys (len(outputs), B, *event) and normals `own` (draws, B, noise_dim)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +66,8 @@ class Tile:
         Whether the user's functions survive `torch.func.vmap`; if not, groups are visited one by one.
     lanes : int
         0 to compute plainly; else by compiled kernels, which take whole groups of so many paths, at least two.
+    measure : Measure, optional
+        What is taken of a path instead of the problem's functional.
     """
 
     problem: Problem
@@ -53,6 +78,12 @@ class Tile:
     noise_dim: int
     vectorised: bool = True
     lanes: int = 0
+    measure: Measure | None = None
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Grid points at which the functional, or the measure, looks."""
+        return self.problem.outputs if self.measure is None else self.measure.outputs
 
     @property
     def n_groups(self) -> int:
@@ -64,7 +95,7 @@ class Tile:
 
     @property
     def chunks(self) -> list[Chunk]:
-        return self.flow({}).chunks(self.problem.outputs)
+        return self.flow({}).chunks(self.outputs)
 
     @property
     def driver(self) -> Driver:
@@ -83,7 +114,8 @@ class Tile:
 
     def normals(self, y: Tensor) -> Tensor:
         """All noise of the tile for states like y (count, *event): shape (n_steps, count, noise_dim)."""
-        return torch.cat([self.driver.normals(chunk, self.count, y) for chunk in self.chunks])
+        none = y.new_empty(0, self.count, self.noise_dim)  # a measure may look at the initial state alone
+        return torch.cat([none, *(self.driver.normals(chunk, self.count, y) for chunk in self.chunks)])
 
     def holding_noise(self, y: Tensor) -> "Tile":
         """This tile with its noise kept in memory if that is cheap: a method that sweeps twice then draws it once."""
@@ -104,21 +136,37 @@ class Tile:
 
     def paths(self, theta: Theta) -> Tensor:
         """States at the output times, shape (T, count, *event)."""
-        return self.flow(theta).solve(self.problem.outputs, self.start(theta))
+        return self.flow(theta).solve(self.outputs, self.start(theta))
 
-    def values(self, theta: Theta, ys: Tensor) -> Tensor:
-        """The functional on ys, shape (count,)."""
+    def values(self, theta: Theta, ys: Tensor, own: Tensor | None = None) -> Tensor:
+        """The functional, or the measure, on ys, shape (count,)."""
+        if self.measure is not None:
+            return self.measure(theta, ys, own)
         return self.problem.functional(ys, self.problem.params(theta))
+
+    def own_normals(self, y: Tensor) -> Tensor | None:
+        """What the measure draws for itself, shape (draws, count, noise_dim): from noise that moves no path."""
+        draws = 0 if self.measure is None else self.measure.draws
+        if not draws:
+            return None
+        source = apart(self.noise)
+        return source.normals(self.first, self.count, 0, draws, self.noise_dim, dtype=y.dtype, device=y.device)
 
     def check(self, theta: Theta, ys: Tensor, values: Tensor) -> None:
         """Raise NonFiniteError if a path or a value of the functional is NaN or infinite."""
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(ys).all()):
             return
-        check_finite_paths(ys, self.flow(theta), self.problem.outputs, self.start(theta))
+        check_finite_paths(ys, self.flow(theta), self.outputs, self.start(theta))
         bad = (~torch.isfinite(values)).nonzero().flatten()
+        cause = (
+            "Check its domain (log or sqrt of a state that may be negative)."
+            if self.measure is None
+            else "The last step has no noise there (a square root at zero), so there is no expectation to take: use a scheme that "
+            "stays away from zero, or another method."
+        )
         raise NonFiniteError(
             f"`functional(ys, p)` is NaN or infinite on {bad.numel()} of {values.numel()} paths, though the paths are finite; "
-            f"first path {self.first + int(bad[0])}. Check its domain (log or sqrt of a state that may be negative).",
+            f"first path {self.first + int(bad[0])}. {cause}",
             paths=tuple(self.first + int(i) for i in bad[:8]),
             n_bad=bad.numel(),
         )
@@ -195,9 +243,11 @@ def functional_pullback(tile: Tile, leaves: dict[str, Tensor], ys: Tensor) -> tu
     theta_bar : dict of Tensor, shape (n_groups, *shape), float64
         Explicit dependence on the parameters, summed over each group.
     """
+    own = tile.own_normals(ys)
     ys = tile.per_group(ys.detach(), 1).requires_grad_()
+    given = (leaves, ys) if own is None else (leaves, ys, tile.per_group(own, 1))
     with torch.enable_grad():
-        values = tile.map_groups(lambda th, y: tile.values(th, y), (0, 1))(leaves, ys)
+        values = tile.map_groups(tile.values, (0, 1, 1)[: len(given)])(*given)
     bars = pull(values, [ys, *leaves.values()], torch.ones_like(values))
     ys_bar = torch.zeros_like(ys) if bars[0] is None else bars[0]
     theta_bar = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in leaves.items()}
