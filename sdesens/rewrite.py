@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
-from sdesens.sde import SDE, Coefficient, Params, check_function
+from sdesens.errors import ArgumentError, ArgumentTypeError, CalculusError, ShapeError
+from sdesens.sde import SDE, Coefficient, Params, Step, check_function
 from sdesens.tensors import concrete, describe, jvp
 
 
@@ -49,13 +49,27 @@ def to_ito(sde: SDE) -> SDE:
 
     The diffusion must be differentiable; its derivative is taken by torch.func at each evaluation. Where it has a kink
     (ReLU, abs) the correction jumps, and so does the drift.
+
+    Raises
+    ------
+    CalculusError
+        If the equation is to change but brings a `step` of its own.
     """
-    return sde if sde.sde_type == "ito" else replace(sde, drift=_Corrected(sde, 0.5), sde_type="ito")
+    return sde if sde.sde_type == "ito" else _rewritten(sde, 0.5, "ito")
 
 
 def to_stratonovich(sde: SDE) -> SDE:
-    """The Stratonovich equation with the same solutions: drift minus 1/2 sum_j (ds_j/dx) s_j, equation (1)."""
-    return sde if sde.sde_type == "stratonovich" else replace(sde, drift=_Corrected(sde, -0.5), sde_type="stratonovich")
+    """The Stratonovich equation with the same solutions: drift minus 1/2 sum_j (ds_j/dx) s_j, equation (1). Errors as above."""
+    return sde if sde.sde_type == "stratonovich" else _rewritten(sde, -0.5, "stratonovich")
+
+
+def _rewritten(sde: SDE, factor: float, sde_type: str) -> SDE:
+    if sde.step is not None:
+        raise CalculusError(
+            f"this SDE, declared {sde.sde_type!r}, brings a `step` of its own, which would not follow a change of its drift: "
+            f"rewrite it with dataclasses.replace(sde, step=None), and give the {sde_type!r} equation a step made for it."
+        )
+    return replace(sde, drift=_Corrected(sde, factor), sde_type=sde_type)
 
 
 @dataclass(frozen=True)
@@ -81,12 +95,15 @@ def with_running_integral(sde: SDE, integrand: Coefficient) -> SDE:
     -------
     SDE
         With d + 1 components; start the last one at 0. Diagonal noise gains a noise-free component and stays diagonal.
-        Euler-Maruyama sums the integrand at left points.
+        The integrand is summed at left points, by Euler-Maruyama and by a `step` of the equation's own, which moves the
+        original components alike.
     """
     if not isinstance(sde, SDE):
         raise ArgumentTypeError(f"`sde` must be an SDE, got {type(sde).__name__}: use as_sde(module).")
     check_function("integrand", integrand, ("t", "y", "p"))
-    return replace(sde, drift=_IntegralDrift(sde, integrand), diffusion=_IntegralDiffusion(sde), noise_dim=None)
+    step = None if sde.step is None else _IntegralStep(sde, sde.step, integrand)
+    drift, diffusion = _IntegralDrift(sde, integrand), _IntegralDiffusion(sde)
+    return replace(sde, drift=drift, diffusion=diffusion, noise_dim=None, step=step)
 
 
 @dataclass(frozen=True)
@@ -100,13 +117,32 @@ class _IntegralDrift:
                 f"with_running_integral needs states (B, d + 1), got shape {tuple(y.shape)}: append a 0 to `y0`."
             )
         x = y[:, :-1]
-        rate = self.integrand(t, x, p)
-        if not isinstance(rate, Tensor) or rate.shape != x.shape[:1]:
-            raise ShapeError(
-                f"`integrand(t, y, p)` must return shape (B,) = ({x.shape[0]},), got {describe(rate)}: one number a path, "
-                "such as y[:, 0]."
-            )
-        return torch.cat((self.sde.drift(t, x, p), rate[:, None]), dim=1)
+        return torch.cat((self.sde.drift(t, x, p), _rate(self.integrand, t, x, p)), dim=1)
+
+
+def _rate(integrand: Coefficient, t: Tensor, x: Tensor, p: Params) -> Tensor:
+    """The integrand as a column, (B, 1)."""
+    rate = integrand(t, x, p)
+    if not isinstance(rate, Tensor) or rate.shape != x.shape[:1]:
+        raise ShapeError(
+            f"`integrand(t, y, p)` must return shape (B,) = ({x.shape[0]},), got {describe(rate)}: one number a path, "
+            "such as y[:, 0]."
+        )
+    return rate[:, None]
+
+
+@dataclass(frozen=True)
+class _IntegralStep:
+    sde: SDE
+    step: Step
+    integrand: Coefficient
+
+    def __call__(self, sde, p, t, dt, y, dW):
+        x = y[:, :-1]
+        if self.sde.noise_type == "diagonal":  # the integral has a Brownian motion too, which moves nothing
+            dW = dW[:, :-1]
+        moved = self.step(self.sde, p, t, dt, x, dW)
+        return torch.cat((moved, y[:, -1:] + _rate(self.integrand, t, x, p) * dt), dim=1)
 
 
 @dataclass(frozen=True)

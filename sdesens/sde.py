@@ -8,7 +8,8 @@ The interpretation belongs to the equation, not to a solver. (2) equals (1) with
     b + 1/2 sum_j (ds_j/dx) s_j                                                                  (3)
 
 (Kloeden & Platen, Numerical Solution of Stochastic Differential Equations, 1992, section 4.9). This file states
-equations; `sdesens.rewrite` turns one into another.
+equations; `sdesens.rewrite` turns one into another. An equation moves by Euler-Maruyama unless it brings a scheme of its own,
+its `step`: an equation whose solutions stay positive may need one that does, too.
 
 Shapes: y is (B, *event), paths first. What `diffusion` returns depends on `noise_type`:
 
@@ -34,12 +35,14 @@ from sdesens.errors import (
     ArgumentTypeError,
     CalculusError,
     DtypeError,
+    MethodError,
     ShapeError,
     UnknownParameterError,
 )
 
 Params = Mapping[str, Tensor]
 Coefficient = Callable[[Tensor, Tensor, Params], Tensor]
+Step = Callable[["SDE", Params, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 NOISE_TYPES = ("diagonal", "scalar", "additive", "general")
 SDE_TYPES = ("ito", "stratonovich")
@@ -63,6 +66,11 @@ class SDE:
     sde_type : {"ito", "stratonovich"}
     noise_dim : int, optional
         Number of Brownian motions m. Read off the diffusion where it is left out.
+    step : callable (sde, p, t, dt, y, dW) -> (B, *event), optional
+        A scheme of its own instead of Euler-Maruyama: the state after a step of length dt from y at t, with increments dW
+        (B, m). A pure function like `sdesens.integrate.euler.step`; parameters come in p, not from `sde.params`. Drift and
+        diffusion still state the equation, and the diffusion says how many Brownian motions there are. Methods that know
+        Euler-Maruyama's step from inside (the continuous adjoints, likelihood ratios) refuse such an equation.
 
     Raises
     ------
@@ -85,10 +93,13 @@ class SDE:
     noise_type: str = "diagonal"
     sde_type: str = "ito"
     noise_dim: int | None = None
+    step: Step | None = None
 
     def __post_init__(self):
         for name in ("drift", "diffusion"):
             check_function(name, getattr(self, name), ("t", "y", "p"))
+        if self.step is not None:
+            check_function("step", self.step, ("sde", "p", "t", "dt", "y", "dW"))
         _check_choice("noise_type", self.noise_type, NOISE_TYPES)
         _check_choice("sde_type", self.sde_type, SDE_TYPES)
         m = self.noise_dim
@@ -105,7 +116,8 @@ class SDE:
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
 
     def __reduce__(self):  # a mapping proxy does not pickle
-        return SDE, (self.drift, self.diffusion, dict(self.params), self.noise_type, self.sde_type, self.noise_dim)
+        coefficients = (self.drift, self.diffusion, dict(self.params))
+        return SDE, (*coefficients, self.noise_type, self.sde_type, self.noise_dim, self.step)
 
     def with_params(self, **params: Tensor) -> "SDE":
         """The same equation at other parameter values; unknown names raise."""
@@ -223,6 +235,15 @@ def require_ito(sde: SDE, where: str) -> None:
             f"{where} solves Ito equations, but this SDE declares sde_type='stratonovich'. Its Ito drift is "
             "b + 1/2 sum_j (ds_j/dx) s_j: pass to_ito(sde), which adds the correction, or declare sde_type='ito' if the "
             "drift has it already."
+        )
+
+
+def require_euler(sde: SDE, where: str) -> None:
+    """Raise MethodError if `sde` brings a scheme of its own."""
+    if sde.step is not None:
+        raise MethodError(
+            f"{where} is made for Euler-Maruyama, but this SDE brings a `step` of its own: use method='pathwise', 'forward' or "
+            "'finite_difference', which differentiate any scheme."
         )
 
 

@@ -16,11 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from sdesens.errors import ArgumentError
+from sdesens.errors import ArgumentError, MethodError
 from sdesens.estimators.gaussian import MultivariateNormal, Normal
 from sdesens.estimators.laws import EVERYWHERE, Shape
 from sdesens.integrate.chunk import Dynamics, steps
 from sdesens.problem import Problem, Theta
+from sdesens.sde import require_euler
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +57,7 @@ class Chain:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Equation (2), summed over steps: shape (L,)."""
+        require_euler(self.problem.sde, "the density of a chain")
         return sum(self._transition(n, z).reshape(len(z), -1).sum(1) for n in range(self.steps))  # type: ignore[return-value]
 
     def _transition(self, n: int, z: Tensor) -> Tensor:
@@ -80,6 +82,8 @@ class Chain:
             with torch.no_grad():
                 z = self.draw(torch.ones(1, *self.noise, dtype=self._start.dtype, device=self._start.device))
                 finite = bool(torch.isfinite(self.log_prob(z)).all())
+        except MethodError as error:
+            return str(error)
         except (torch.linalg.LinAlgError, ArgumentError):
             finite = False
         return None if finite else "a component of the SDE has no noise of its own, so its transitions have no density"

@@ -4,8 +4,9 @@
     a function              the same input gives the same output, and path i's row does not look at path j
     diagonal                J = ds/dy is diagonal: for cotangents u, v, (J'u) v = (J'v) u entry by entry
     additive                J = 0
+    step                    a scheme of the equation's own: shape, dtype, and a function path by path
 
-The last two take two vector-Jacobian products whatever the number of components. Nothing here draws from a global
+Those of J take two vector-Jacobian products whatever the number of components. Nothing here draws from a global
 random stream or changes any state.
 """
 
@@ -20,7 +21,7 @@ from sdesens.errors import (
     ShapeError,
     UnknownParameterError,
 )
-from sdesens.integrate import euler
+from sdesens.integrate import scheme
 from sdesens.noise import Philox
 from sdesens.sde import SDE, Coefficient, Params
 from sdesens.tensors import concrete
@@ -93,31 +94,27 @@ def check_structure(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:
     for name in ("drift", "diffusion"):
         function, written = getattr(sde, name), _writes(y)
         once, again = function(t, y, p), function(t, y, p)
-        if _writes(y) != written:
-            raise NotAFunctionError(f"`{name}(t, y, p)` writes into y: work on a copy, y.clone().")
-        if not torch.equal(torch.nan_to_num(once), torch.nan_to_num(again)):
-            raise NotAFunctionError(
-                f"`{name}(t, y, p)` returned two different results for the same arguments: it draws random numbers or keeps "
-                "state (dropout, batch statistics). Call module.eval(), or move the randomness into the noise."
-            )
+        _check_repeatable(f"{name}(t, y, p)", once, again, _writes(y) != written)
         if once.dim() == 2 and sde.noise_type == "additive" and name == "diffusion":
             continue
-        rows = [function(t, y[i : i + 1], p) for i in range(y.shape[0])]
-        if any(row.shape != once[:1].shape for row in rows):
-            raise ShapeError(
-                f"`{name}(t, y, p)` returned shape {tuple(rows[0].shape)} for one path, but {tuple(once.shape)} for "
-                f"{y.shape[0]}: it must keep axis 0 whatever the number of paths. Do not squeeze() it, and give parameters "
-                "no axis of paths."
-            )
-        alone = torch.cat(rows)
-        scale = torch.finfo(y.dtype).eps ** 0.5 * (1 + once.abs().nan_to_num())
-        if bool(((once - alone).abs().nan_to_num() > scale).any()):
-            raise NotAFunctionError(
-                f"`{name}(t, y, p)` mixes paths: a path alone gives another result than the same path in a batch. Row i of "
-                "the result may depend on row i of y only (reduce over dim=1, not over dim=0)."
-            )
+        _check_rows(f"{name}(t, y, p)", once, [function(t, y[i : i + 1], p) for i in range(y.shape[0])])
     if sde.noise_type in ("diagonal", "additive"):
         _check_jacobian(sde, p, t, y)
+
+
+def check_step(sde: SDE, p: Params, t: Tensor, dt: Tensor, y: Tensor, dW: Tensor) -> None:
+    """Check one step by the SDE's own scheme from y (B, *event): what it returns, and that it is a function path by path."""
+    name, written = "step(sde, p, t, dt, y, dW)", _writes(y)
+    once, again = (scheme.step(sde, p, t, dt, y, dW) for _ in range(2))
+    _check_tensor(name, once, y)
+    if once.shape != y.shape:
+        raise ShapeError(
+            f"`{name}` returned shape {tuple(once.shape)} for y of shape {tuple(y.shape)}: it must return the next state, in the "
+            "shape of y."
+        )
+    _check_repeatable(name, once, again, _writes(y) != written)
+    rows = [slice(i, i + 1) for i in range(y.shape[0])]
+    _check_rows(name, once, [scheme.step(sde, p, t, dt, y[i], dW[i]) for i in rows])
 
 
 def check_sde(sde: SDE, p: Params, t0: float, dt: Tensor, y0: Tensor, noise_dim: int, seed: int) -> None:
@@ -130,9 +127,37 @@ def check_sde(sde: SDE, p: Params, t0: float, dt: Tensor, y0: Tensor, noise_dim:
         z = Philox(seed, PROBE_STREAM).normals(0, PROBE_PATHS, 0, 2, noise_dim, dtype=y.dtype, device=y.device)
         for k in range(2):
             t = torch.tensor(t0 + k * float(dt), dtype=y.dtype, device=y.device)
-            y = euler.step(sde, p, t, dt, y, z[k] * dt.sqrt())
+            if sde.step is not None:
+                check_step(sde, p, t, dt, y, z[k] * dt.sqrt())
+            y = scheme.step(sde, p, t, dt, y, z[k] * dt.sqrt())
         if concrete(y) and bool(torch.isfinite(y).all()):  # a path that blows up is reported by the run, with its step
             check_structure(sde, p, t, y)
+
+
+def _check_repeatable(name: str, once: Tensor, again: Tensor, wrote: bool) -> None:
+    if wrote:
+        raise NotAFunctionError(f"`{name}` writes into y: work on a copy, y.clone().")
+    if not torch.equal(torch.nan_to_num(once), torch.nan_to_num(again)):
+        raise NotAFunctionError(
+            f"`{name}` returned two different results for the same arguments: it draws random numbers or keeps "
+            "state (dropout, batch statistics). Call module.eval(), or move the randomness into the noise."
+        )
+
+
+def _check_rows(name: str, once: Tensor, rows: list[Tensor]) -> None:
+    """Raise unless each path alone gives what it gives in a batch."""
+    if any(row.shape != once[:1].shape for row in rows):
+        raise ShapeError(
+            f"`{name}` returned shape {tuple(rows[0].shape)} for one path, but {tuple(once.shape)} for "
+            f"{len(rows)}: it must keep axis 0 whatever the number of paths. Do not squeeze() it, and give parameters "
+            "no axis of paths."
+        )
+    scale = torch.finfo(once.dtype).eps ** 0.5 * (1 + once.abs().nan_to_num())
+    if bool(((once - torch.cat(rows)).abs().nan_to_num() > scale).any()):
+        raise NotAFunctionError(
+            f"`{name}` mixes paths: a path alone gives another result than the same path in a batch. Row i of "
+            "the result may depend on row i of y only (reduce over dim=1, not over dim=0)."
+        )
 
 
 def _writes(y: Tensor) -> int:

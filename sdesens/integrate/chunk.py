@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdesens.integrate import euler
+from sdesens.integrate import scheme
 from sdesens.noise import Noise
 from sdesens.sde import SDE, Params
 
@@ -119,7 +119,7 @@ def steps(
         if live is not None:
             n, at = torch.where(live, n, start), torch.where(live, x, y)
         t = (dynamics.t0 + n * dynamics.dt).to(y.dtype)
-        moved = euler.step(dynamics.sde, dynamics.p, t, dt, at, normals * root)
+        moved = scheme.step(dynamics.sde, dynamics.p, t, dt, at, normals * root)
         x = moved if live is None else torch.where(live, moved, x)
         states.append(x)
     return states

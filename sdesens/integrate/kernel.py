@@ -124,7 +124,7 @@ class Kernel:
         _REFUSED.add(self.coefficients)
         _LAST.call = None
         if self.coefficients[1:] not in said:
-            names = " and ".join(dict.fromkeys(_name(identity) for identity in self.coefficients[1:3]))
+            names = " and ".join(dict.fromkeys(_name(identity) for identity in self.coefficients[1:4] if identity))
             warnings.warn(
                 f"torch.compile cannot make a kernel of {names}: {why}. They run uncompiled, which is slower, with the same "
                 "numbers to rounding; compile=False asks for this without a warning.",
@@ -248,7 +248,7 @@ def kernel(
 ) -> Kernel:
     """The compiled form of a kernel function for this kind of SDE, parameters and state; made once."""
     shapes = tuple((k, v.shape, v.dtype) for k, v in p.items())
-    coefficients = (_identity(sde.drift), _identity(sde.diffusion), sde.noise_type)
+    coefficients = (_identity(sde.drift), _identity(sde.diffusion), _identity(sde.step), sde.noise_type)
     state = (y.shape[1:], y.dtype, y.device, y.requires_grad, torch.is_grad_enabled())
     key = (function, coefficients, shapes, numbers, state, tuple(static.items()))
     found = _KERNELS.get(key)

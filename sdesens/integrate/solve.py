@@ -1,6 +1,6 @@
 """`sdeint`: the readable, differentiable face of the integrator.
 
-Euler-Maruyama on a fixed grid, with noise that is an argument. Fix the noise and the result is an ordinary function of
+Euler-Maruyama on a fixed grid, or the SDE's own `step`, with noise that is an argument. Fix the noise and the result is an ordinary function of
 the parameters, the initial state and the last time: autograd and torch.func differentiate it like any other.
 """
 
@@ -50,6 +50,7 @@ def sdeint(
         The Brownian motion: a source such as `Philox(seed)`; a tensor of increments dW, shape (n_steps, B, m); or a
         torchsde-style `bm(ta, tb)` that returns the increment (B, m).
     method : {"euler"}
+        An SDE that brings a `step` moves by that.
     dt, n_steps : float, int
         The step, or the number of steps from ts[0] to ts[-1]; give one. There is no default.
     seed : int, optional

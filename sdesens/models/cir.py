@@ -1,16 +1,17 @@
-"""The Cox-Ingersoll-Ross process: bond price and Laplace transform.
+"""The Cox-Ingersoll-Ross process: bond price, Laplace transform, mean.
 
     dX = kappa (theta - X) dt + sigma sqrt(X) dW                                                 (1)
     bond     E exp(-int_0^T X dt) = A exp(-B x0),    g = sqrt(kappa^2 + 2 sigma^2),
              D = (g + kappa)(e^{gT} - 1) + 2g,  B = 2 (e^{gT} - 1) / D,
              A = (2 g e^{(kappa + g) T / 2} / D)^{2 kappa theta / sigma^2},                      (2)
     Laplace  E exp(-u X_T) = (1 + 2uc)^{-2 kappa theta / sigma^2} exp(-u e x0 / (1 + 2uc)),
-             e = exp(-kappa T),  c = sigma^2 (1 - e) / (4 kappa).                                (3)
+             e = exp(-kappa T),  c = sigma^2 (1 - e) / (4 kappa),                                (3)
+    mean     E X_T = theta + (x0 - theta) e.                                                     (4)
 
 The Euler step can leave x >= 0. Full truncation puts x^+ for x in drift and diffusion (R. Lord, R. Koekkoek, D. van Dijk,
 Quantitative Finance 10 (2010) 177). Its tangent goes like 1 / sqrt(x^+) and its second moment is infinite at any
 parameters; the smaller 2 kappa theta / sigma^2, the sooner a finite sample shows it. The default has 4.5. No closed form is
-known for the truncated chain.
+known for the truncated chain. `cir_lamperti` moves the same process by a scheme whose tangent has moments.
 
 Reference: J. Cox, J. Ingersoll, S. Ross, Econometrica 53 (1985) 385.
 """
@@ -20,7 +21,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sdesens.functionals import Discount, Laplace
+from sdesens.errors import ArgumentError
+from sdesens.functionals import Discount, Functional, Laplace, Moment
+from sdesens.last_step import positive_sqrt
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.models.vasicek import initial
 from sdesens.problem import Problem
@@ -36,6 +39,7 @@ def cir(
     x0: float = 0.04,
     t1: float = 1.0,
     u: float | None = None,
+    mean: bool = False,
     n_steps: int = 64,
     dtype: torch.dtype = torch.float64,
 ) -> Known:
@@ -53,21 +57,24 @@ def cir(
         Maturity in years.
     u : float, optional
         F = exp(-u X_T) instead of the bond.
+    mean : bool
+        F = X_T instead of the bond. Its mean does not depend on sigma.
+
+    Raises
+    ------
+    ArgumentError
+        If both `u` and `mean` are given.
     """
+    if u is not None and mean:
+        raise ArgumentError(f"give `u` or `mean`, not both (got u={u!r}): each says what is averaged.")
     rate = SDE(drift, diffusion, parameters(dtype, kappa=kappa, theta=theta, sigma=sigma, x0=x0), noise_type="scalar")
     sde = with_running_integral(rate, positive_rate)
-    functional, formula = (Discount(), bond) if u is None else (Laplace(u), partial(laplace, u=u))
+    functional: Functional
+    functional, formula = (Moment(), mean_of) if mean else (Discount(), bond)
+    if u is not None:
+        functional, formula = Laplace(u), partial(laplace, u=u)
     problem = Problem(sde, functional, initial, horizon(t1), n_steps)
     return Known.from_formulas(problem, formula, notes="Full truncation: the tangent has no finite variance.")
-
-
-def positive_sqrt(x: Tensor) -> Tensor:
-    """sqrt(x) for x > 0, else 0, with derivative 0 there in reverse and in forward mode.
-
-    The root sees 1 where x <= 0: sqrt(clamp(x, 0)) alone gives NaN in forward mode, `where` alone NaN in reverse.
-    """
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
 
 
 def drift(t: Tensor, y: Tensor, p: Params) -> Tensor:
@@ -102,3 +109,8 @@ def laplace(p: Params, T: Tensor, u: float) -> Tensor:
     c = -(sigma**2) * torch.expm1(-kappa * T) / (4 * kappa)
     power = 2 * kappa * p["theta"] / sigma**2
     return torch.exp(-power * torch.log1p(2 * u * c) - u * e * p["x0"] / (1 + 2 * u * c))
+
+
+def mean_of(p: Params, T: Tensor) -> Tensor:
+    """Equation (4)."""
+    return p["theta"] + (p["x0"] - p["theta"]) * torch.exp(-p["kappa"] * T)

@@ -26,7 +26,7 @@ from sdesens.integrate.kernel import Clock, Stretch
 from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.rewrite import diffusion_derivative
-from sdesens.sde import SDE, noise_product
+from sdesens.sde import SDE, noise_product, require_euler
 from sdesens.sensitivity.tile import (
     Contributions,
     Tile,
@@ -44,8 +44,11 @@ def adjoint(tile: Tile, theta: Theta, *, corrected: bool = True) -> Contribution
 
     Raises
     ------
+    MethodError
+        If the SDE brings a `step` of its own: equation (2) reverses Euler-Maruyama.
     NonFiniteError
     """
+    require_euler(tile.problem.sde, "method='adjoint'")
     problem, tile = tile.problem, tile.holding_noise(tile.start(theta))
     with torch.no_grad():
         ys = tile.paths(theta)

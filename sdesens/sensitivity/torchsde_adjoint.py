@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError
 from sdesens.problem import Theta
+from sdesens.sde import require_euler
 from sdesens.sensitivity.tile import (
     Contributions,
     Tile,
@@ -32,8 +33,11 @@ def torchsde_adjoint(tile: Tile, theta: Theta) -> Contributions:
     ------
     ArgumentError
         For "t1", which torchsde does not differentiate.
+    MethodError
+        If the SDE brings a `step` of its own, of which torchsde knows nothing.
     NonFiniteError
     """
+    require_euler(tile.problem.sde, "method='torchsde_adjoint'")
     if "t1" in theta:
         raise ArgumentError(
             "`wrt` names 't1', which torchsde does not differentiate: leave out method 'torchsde_adjoint'."
