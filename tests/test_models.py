@@ -15,12 +15,18 @@ import torch
 from scipy import integrate, linalg, stats
 
 from sdesens import GivenNoise, Philox, ZeroGradientWarning, sdeint, sensitivity
-from sdesens.errors import ArgumentError
+from sdesens.errors import ArgumentError, MethodError
+from sdesens.functionals import Moment
+from sdesens.last_step import normal_moment, positive_sqrt
 from sdesens.models import (
     MODELS,
     Known,
+    asian,
+    barrier,
+    basket,
     brownian,
     cir,
+    cir_lamperti,
     gbm,
     gbm_call,
     gbm_digital,
@@ -30,8 +36,6 @@ from sdesens.models import (
     ou_nd,
     vasicek,
 )
-from sdesens.models.cir import positive_sqrt
-from sdesens.models.known import normal_moment
 
 D = torch.float64
 
@@ -54,7 +58,7 @@ def gauss_hermite(n_nodes: int, n_steps: int, noise_dim: int = 1) -> GivenNoise:
 def enumerate_chain(known, n_nodes: int, noise_dim: int = 1):
     """Value and gradient of the chain, all parameters and the horizon, by enumeration."""
     noise = gauss_hermite(n_nodes, known.problem.n_steps, noise_dim)
-    return sensitivity(known.problem, n_paths=noise.z.shape[1], wrt=names(known), noise=noise)
+    return sensitivity(known.problem, n_paths=noise.z.shape[1], wrt=names(known), noise=noise, audit=False)
 
 
 def central(f, p: dict[str, float], relative: float = 1e-4) -> dict[str, float]:
@@ -118,6 +122,23 @@ REFERENCE = {
         },
     ),
 }
+SHORTER = {  # digits given to 10 places: model, value, gradient
+    "barrier": (
+        barrier(),
+        8.665471658246,
+        {"s0": 0.8301694456, "r": 47.76539748, "sigma": 11.28142230, "t1": 3.516412104},
+    ),
+    "asian": (
+        asian(fixings=12, n_steps=12),
+        5.94020022163352,
+        {"s0": 0.5851429483567, "sigma": 21.1342171041, "r": 25.7550428144},
+    ),
+    "basket": (
+        basket(),
+        8.896076311035,
+        {"s0": [0.1979922553, 0.2199913948, 0.1799929594], "sigma": [7.632795143, 7.826492637, 6.063201854]},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFERENCE)
@@ -128,9 +149,36 @@ def test_reference_digits(case):
     check(known.answers(wrt=names(known)), value, gradient, rtol=3e-12)
 
 
+@pytest.mark.parametrize("case", SHORTER)
+def test_shorter_reference_digits(case):
+    known, value, gradient = SHORTER[case]
+    answers = known.answers(wrt=names(known))
+    assert float(answers[0]) == pytest.approx(value, rel=1e-12)  # given to 13 digits
+    check(answers, value, gradient, rtol=5e-10)  # half a unit of the tenth digit
+
+
+def test_one_correlation_of_the_basket():
+    assert float(basket().answers()[1]["rho"][0]) == pytest.approx(1.738896037, rel=1e-9)
+
+
+def test_an_asian_of_one_fixing_is_a_call():
+    one, european = (m.answers(wrt=("r", "sigma", "s0", "t1")) for m in (asian(fixings=1), gbm_call()))
+    check(one, european[0], european[1], rtol=1e-12)  # rounding
+
+
+def test_a_barrier_far_below_is_no_barrier():
+    far, european = (m.answers(wrt=("r", "sigma", "s0", "t1")) for m in (barrier(barrier=20.0), gbm_call()))
+    check(far, european[0], european[1], rtol=1e-9)  # eight standard deviations away
+
+
 @pytest.mark.parametrize(
     ("known", "gamma"),
-    [(gbm_call(), 0.018762017345846895), (gbm_digital(), -0.00032833530355232067), (heston(), 0.018246991668314)],
+    [
+        (gbm_call(), 0.018762017345846895),
+        (gbm_digital(), -0.00032833530355232067),
+        (heston(), 0.018246991668314),
+        (asian(fixings=12, n_steps=12), 0.03066688063119),
+    ],
 )
 def test_second_derivative_of_a_formula(known, gamma):
     p = {k: v.requires_grad_() for k, v in known.problem.leaves().items()}
@@ -228,6 +276,14 @@ def test_cir_laplace_against_its_law():
 
     # the density is good to about 1e-12, over a difference step of 1e-3: 1e-9
     check(known.answers(wrt=names(known)), oracle(p), central(oracle, p, 1e-3), rtol=1e-7, atol=1e-9)
+
+
+def test_cir_mean_by_hand():
+    e = math.exp(-0.8 * 2.0)
+    for known in (cir(kappa=0.8, theta=0.3, sigma=0.5, x0=0.2, t1=2.0, mean=True), cir_lamperti(kappa=0.8, theta=0.3, sigma=0.5, x0=0.2, t1=2.0)):  # fmt: skip
+        gradient = {"kappa": 2 * 0.1 * e, "theta": 1 - e, "sigma": 0.0, "x0": e, "t1": 0.8 * 0.1 * e}
+        check(known.answers(wrt=names(known)), 0.3 - 0.1 * e, gradient, rtol=1e-14)  # rounding
+    assert cir(mean=True).problem.functional == Moment()
 
 
 def gaussian_square(p: dict[str, np.ndarray]) -> float:
@@ -396,7 +452,7 @@ def test_heston_chain_keeps_the_discounted_price():
     known = heston(strike=0.0, n_steps=2, xi=0.5, v0=0.05)
     noise = gauss_hermite(7, 2, 2)
     wrt = ("kappa", "theta", "xi", "rho", "s0", "v0", "t1")  # r cancels path by path, and would warn
-    result = sensitivity(known.problem, n_paths=noise.z.shape[1], wrt=wrt, noise=noise)
+    result = sensitivity(known.problem, n_paths=noise.z.shape[1], wrt=wrt, noise=noise, audit=False)
     # remainder of 7 nodes for E e^{aZ}, a^2 = v h up to 0.1: a^14 7! / 14! s0 = 1e-12; derivatives take a few powers more
     assert float(result.value.mean) == pytest.approx(100.0, abs=1e-8)
     for name, estimate in result.gradient.items():
@@ -486,8 +542,10 @@ def assert_close(result, value, gradient):
         vasicek(n_steps=16),
         ou_nd(n_steps=16),
         gbm_call(n_steps=16, log=True),
+        asian(n_steps=16),
+        basket(n_steps=4),
     ],
-    ids=["brownian", "gbm", "ou", "vasicek", "ou-nd", "call"],
+    ids=["brownian", "gbm", "ou", "vasicek", "ou-nd", "call", "asian", "basket"],
 )
 def test_pathwise_against_the_scheme(known):
     result = sensitivity(known.problem, n_paths=PATHS, wrt=names(known), method="pathwise", seed=11)
@@ -509,7 +567,7 @@ def test_lotka_volterra_against_enumeration():
 )  # fmt: skip
 def test_pathwise_without_bias_against_the_exact_answer(known):
     """Where the chain has no formula, take the estimated bias off; what remains of order h^2 is within the noise."""
-    result = sensitivity(known.problem, n_paths=PATHS, wrt=names(known), seed=13, bias=True)
+    result = sensitivity(known.problem, n_paths=PATHS, wrt=names(known), seed=13, bias=True, audit=False)
     value, gradient = known.answers(wrt=names(known))
     pairs = {"value": (result.value, value), **{k: (result.gradient[k], g) for k, g in gradient.items()}}
     for name, (estimate, expected) in pairs.items():
@@ -518,10 +576,23 @@ def test_pathwise_without_bias_against_the_exact_answer(known):
         assert bool(((estimate.mean - bias.mean - expected).abs() < Z * spread).all()), name
 
 
+def test_barrier_pathwise_misses_the_jump_and_watches_the_grid_alone():
+    known = barrier(n_steps=16)
+    assert known.problem.outputs == tuple(range(17))
+    result = sensitivity(known.problem, n_paths=PATHS, seed=16, audit=False)
+    value, gradient = known.answers()
+    # dearer by the barrier's move of .5826 sigma sqrt(h) to 90 exp(-.0291) = 87.4, a shift that is good to o(sqrt(h))
+    assert result.value.mean - value > 5 * result.value.standard_error
+    shifted = barrier(barrier=90 * math.exp(-0.5826 * 0.2 / 4)).answers()[0]
+    assert abs(result.value.mean - shifted) < 4 * result.value.standard_error
+    # the paths that the barrier takes count in d/d s0, but not for the pathwise method
+    assert gradient["s0"] - result.gradient["s0"].mean > 20 * result.gradient["s0"].standard_error
+
+
 def test_digital_pathwise_misses_the_jump():
     known = gbm_digital(log=True, n_steps=4, t1=2.0)
     with pytest.warns(ZeroGradientWarning, match="'sigma', 's0'"):
-        result = sensitivity(known.problem, n_paths=PATHS, seed=14)
+        result = sensitivity(known.problem, n_paths=PATHS, seed=14, audit=False)
     value, gradient = known.answers("scheme")
     assert abs(result.value.mean - value) < Z * result.value.standard_error
     assert not result.gradient["s0"].mean.any()
@@ -541,7 +612,7 @@ def test_digital_pathwise_misses_the_jump():
 )
 def test_truncated_paths_have_finite_tangents_both_ways(known):
     """Far below the Feller bound most paths touch zero; forward and reverse mode still agree, path by path and finite."""
-    run = {m: sensitivity(known.problem, n_paths=200, method=m, seed=15) for m in ("pathwise", "forward")}
+    run = {m: sensitivity(known.problem, n_paths=200, method=m, seed=15, audit=False) for m in ("pathwise", "forward")}
     variance = 0 if known.problem.initial({}).numel() == 2 else 1
     p = known.problem
     ys = sdeint(p.sde, p.initial({}).expand(200, -1), p.ts, n_steps=32, bm=Philox(15))
@@ -565,8 +636,10 @@ def test_every_model_runs_pickles_and_describes_itself(name):
     assert known.problem.initial({}).dtype == D
     runs = []
     for problem in (known.problem, pickle.loads(pickle.dumps(known)).problem):
-        wrt = ("r", "t1") if name == "gbm-digital" else names(known)  # the jump's other derivatives warn
-        runs.append(sensitivity(problem, n_paths=100, wrt=wrt, seed=3))  # warnings are errors: no slow path
+        wrt = ("r", "t1") if name == "digital" else names(known)  # the jump's other derivatives warn
+        runs.append(
+            sensitivity(problem, n_paths=100, wrt=wrt, seed=3, audit=False)
+        )  # warnings are errors: no slow path
     for k, estimate in runs[0].gradient.items():
         assert torch.equal(estimate.mean, runs[1].gradient[k].mean)
         assert bool(estimate.mean.any())
@@ -576,8 +649,8 @@ def test_every_model_runs_pickles_and_describes_itself(name):
 def test_every_model_in_float32(name):
     known = MODELS[name](n_steps=4, dtype=torch.float32)
     assert all(v.dtype == torch.float32 for v in known.problem.sde.params.values())
-    result = sensitivity(known.problem, n_paths=100, wrt=next(iter(known.problem.sde.params)), seed=3)
-    double = sensitivity(MODELS[name](n_steps=4).problem, n_paths=100, wrt=tuple(result.gradient), seed=3)
+    result = sensitivity(known.problem, n_paths=100, wrt=next(iter(known.problem.sde.params)), seed=3, audit=False)
+    double = sensitivity(MODELS[name](n_steps=4).problem, n_paths=100, wrt=tuple(result.gradient), seed=3, audit=False)
     # same noise; float32 rounds at 6e-8, amplified by logarithms of prices and by cancellation, and may flip one kink
     torch.testing.assert_close(result.value.mean, double.value.mean, rtol=1e-3, atol=1e-4)
     if known.exact is not None:
@@ -593,6 +666,8 @@ def test_default_answers_are_not_zero(name):
         value, gradient = known.answers(which, wrt=names(known))
         assert set(gradient) == set(names(known))
         for k, g in gradient.items():
+            if (name, k) == ("cir-lamperti", "sigma"):  # the mean does not depend on it
+                continue
             assert bool((g.abs() > 1e-4 * value.abs()).all()), k  # a zero gradient would test nothing
             assert g.shape == known.problem.leaves((k,))[k].shape
 
@@ -611,6 +686,27 @@ def test_answers_take_names_and_refuse_what_is_unknown():
         cir().answers("scheme")
     with pytest.raises(ArgumentError, match="'exact' or 'scheme'"):
         known.answers("limit")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: cir(u=1.0, mean=True), ArgumentError, "`u` or `mean`, not both"),
+        (lambda: cir_lamperti(u=1.0, bond=True), ArgumentError, "`u` or `bond`, not both"),
+        (lambda: cir_lamperti(x0=0.0), ArgumentError, "`x0` must be positive"),
+        (lambda: cir_lamperti(kappa=1.0, theta=0.25, sigma=1.0), MethodError, "tangents have no mean"),  # at equality
+        (lambda: cir_lamperti(sigma=0.7), MethodError, "exact sampling"),
+        (lambda: barrier(barrier=101.0), ArgumentError, "at most the strike"),
+        (lambda: barrier(s0=90.0), ArgumentError, "below the price today"),
+        (lambda: barrier(barrier=0.0), ArgumentError, "must be positive"),
+        (lambda: asian(fixings=12), ArgumentError, "use n_steps=72"),
+        (lambda: asian(fixings=0), ArgumentError, "multiple of `fixings`"),
+        (lambda: basket(weights=()), ArgumentError, "`weights`"),
+    ],
+)
+def test_options_that_make_no_sense(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
 def test_a_parameter_that_does_not_matter_has_derivative_zero():

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from sdesens.functionals import Call, Discount
+from sdesens.last_step import positive_sqrt
 from sdesens.models.black_scholes import rate
-from sdesens.models.cir import positive_sqrt
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.problem import Problem
 from sdesens.rewrite import correlated_noise, with_running_integral

@@ -7,7 +7,6 @@ Each formula is written once, in differentiable torch; every gradient is its der
 estimator has no discretisation bias, so its own error stands alone; (2) minus (1) is that bias. This file runs no path.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -112,12 +111,3 @@ def parameters(dtype: torch.dtype, **values) -> dict[str, Tensor]:
 def horizon(t1: float) -> Tensor:
     """Output times 0 and t1."""
     return torch.tensor([0.0, t1], dtype=torch.float64)
-
-
-def normal_moment(mean: Tensor, variance: Tensor, power: int) -> Tensor:
-    """E (mean + sqrt(variance) Z)^power = sum_k C(power, 2k) (2k - 1)!! variance^k mean^(power - 2k)."""
-    terms = [
-        math.comb(power, 2 * k) * math.prod(range(1, 2 * k, 2)) * variance**k * mean ** (power - 2 * k)
-        for k in range(power // 2 + 1)
-    ]
-    return torch.stack(terms).sum()
