@@ -9,7 +9,6 @@ import torch.distributions as td
 from problems import F64, scalar
 
 from sdesens import SDE, Antithetic, GivenNoise, Philox, Problem
-from sdesens.audit import jumps
 from sdesens.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -39,6 +38,7 @@ from sdesens.estimators import (
     variance_study,
 )
 from sdesens.estimators.exact import normal_variances
+from sdesens.jumps import jumps
 
 P = {"mean": scalar(1.0), "scale": scalar(1.0)}
 COIN = {"logits": scalar(0.2)}

@@ -1,4 +1,4 @@
-"""Does f jump where a derivative is taken? `sdesens.audit` decides; here is what is moved.
+"""Does f jump where a derivative is taken? `sdesens.jumps` decides; here is what is moved.
 
 Along z: each component of each item by a share of its own spread, within the support; and for a law that is the user's own, or a
 chain, by moving the parameters, for then the draw itself may jump. In the parameters: each by a share of its own size, draws fixed.
@@ -10,12 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sdesens.audit import jumps
 from sdesens.estimators.chain import Chain
 from sdesens.estimators.draws import evaluate
 from sdesens.estimators.own import Own
 from sdesens.estimators.probe import draws_of, free, moved, signs, spread_of
 from sdesens.estimators.run import Task
+from sdesens.jumps import jumps
 from sdesens.sde import Params
 
 AUDITED = 8192  # draws that are looked at
