@@ -1,0 +1,206 @@
+"""First derivatives of a chain as functions of parameters and noise: tangents, and Malliavin weights.
+
+A weight is integration by parts in the noise of one step. With Phi_n the Euler-Maruyama step, m_n = b_n dt, s_n = sigma_n sqrt(dt),
+and a tangent V of the state that is to be taken over from step n on,
+
+    E[ F_x(X_N) Y_{N,n+1} V_{n+1} ] = E[ F ( s_n^+ V_{n+1} . Z_n - tr(s_n^+ s_n'[V_n]) ) ],       (1)
+    V_{n+1} = V_n + m_n'[V_n] + s_n'[V_n] Z_n,
+
+since dF/dZ_n = s_n' Y_{N,n+1}' F_x and V_{n+1} depends on Z_n itself; the trace is that dependence. Any step between the one where
+a parameter acts and the next time at which F looks at the path will do. So the derivative is shared out, over these steps evenly:
+
+    initial state, diffusion    V_{n+1} = V_n + m'[V_n] + s'[V_n] Z_n + s_theta Z_n / L_n,   V_0 = dx_0/dtheta / L_0,
+    drift                       all at its own step, s_n^+ m_theta . Z_n,                        (2)
+
+L_n being the number of steps from n to the next output time. As dt falls, (1) and (2) are the weights of Bismut, Elworthy and Li,
+
+    dE f(X_T)/dx = E[ f(X_T) 1/T int_0^T (sigma^-1 Y_t)' dW_t ],
+
+with the difference that they are exact for the chain at any dt. With L_n = 1 they are the likelihood ratio. The variance stays
+bounded as dt falls for initial state and drift, and grows like log(1 / dt) for the diffusion.
+
+Components without noise of their own are run along and F is differentiated through them: it must not jump there. They follow the
+parameters, and the noisy components until these are handed over: at step n, L_n shares are still to come, so by L_n m'[V_n].
+
+Reference: K. D. Elworthy, X.-M. Li, J. Funct. Anal. 125 (1994) 252; N. Chen, P. Glasserman, Stoch. Proc. Appl. 117 (2007) 1689.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdesens.integrate.chunk import Dynamics
+from sdesens.problem import Theta
+from sdesens.sde import noise_product
+from sdesens.sensitivity.tile import Tile
+from sdesens.sensitivity.transition import Parts, increments, log_density, right_inverse
+from sdesens.tensors import basis, jvp
+
+
+@dataclass(frozen=True)
+class Rows:
+    """First derivatives of every path, P being the number of components of theta.
+
+    Attributes
+    ----------
+    ys : Tensor, shape (T, B, *event)
+    values : Tensor, shape (B,)
+    direct : Tensor, shape (B, P)
+        The derivative along the path: all of it, or what weights do not cover.
+    weights : Tensor, shape (B, P)
+        F times the weight is the rest; zero without weights.
+    log_q : Tensor, shape (B,)
+        Log density of a path held fixed; zero if none is.
+    """
+
+    ys: Tensor
+    values: Tensor
+    direct: Tensor
+    weights: Tensor
+    log_q: Tensor
+
+    @property
+    def gradients(self) -> Tensor:
+        """Of every path and component, shape (B, P)."""
+        return self.direct + self.values[:, None] * self.weights
+
+
+def stops(outputs: tuple[int, ...], window: int | None) -> list[int]:
+    """Steps before which what was taken up is to be handed over: output times, and multiples of the window."""
+    marks = set(outputs[1:])
+    if window is not None:
+        marks |= set(range(window, outputs[-1], window))
+    return sorted(marks)
+
+
+def first_order(
+    tile: Tile,
+    theta: Theta,
+    parts: Parts | None,
+    *,
+    weighted: bool,
+    window: int | None = None,
+    fixed_at: Theta | None = None,
+) -> Rows:
+    """Every path's derivative in every component of theta: a pure function of theta, to be differentiated again.
+
+    Parameters
+    ----------
+    parts : Parts, optional
+        Needed for weights, and for paths held fixed.
+    weighted : bool
+        By weights, equations (1) and (2); else by the tangents of the path.
+    window : int, optional
+        Steps over which a weight is shared out at most; 1 is the likelihood ratio.
+    fixed_at : mapping of str to Tensor, optional
+        Parameters whose paths are held fixed: the noise is then what takes theta along those, and `log_q` is their density.
+    """
+    units, outputs = basis({k: v.detach() for k, v in theta.items()}), tile.outputs
+    dynamics, y, plain = tile.dynamics(theta), tile.start(theta), tile.start({})
+    at_start = [jvp(lambda th: tile.start(th) + 0, (theta,), (unit,))[1] for unit in units]
+    path, tangents = {0: y}, {0: at_start}
+    clean = list(at_start)
+    taken = [torch.zeros_like(y)] * len(units)
+    ends, begun = stops(outputs, window), 0
+    if weighted:
+        assert parts is not None
+        clean = [torch.where(parts.noisy, 0.0, v) for v in at_start]
+        taken = [torch.where(parts.noisy, v / ends[0], 0.0) if ends else v for v in at_start]
+    weights = [y.new_zeros(y.shape[0])] * len(units)
+    log_q = y.new_zeros(y.shape[0])
+    base, fixed = (None, None) if fixed_at is None else (tile.dynamics(fixed_at), tile.start(fixed_at))
+    for chunk in tile.chunks:
+        normals = tile.driver.normals(chunk, tile.count, plain)
+        for k, z in enumerate(normals):
+            n = chunk.start + k
+            if base is not None and fixed is not None:
+                assert parts is not None
+                moved, s0 = increments(base, n, fixed)
+                goal = fixed + moved + noise_product(tile.problem.sde, s0, z)
+                z, log = _solved(parts, dynamics, n, y, goal)
+                log_q, fixed = log_q + log, goal
+            if weighted:
+                assert parts is not None
+                while ends[begun] <= n:
+                    begun += 1
+                length = ends[begun] - n
+                y, taken, clean, weights = _weigh(
+                    tile, parts, theta, units, n, y, z, taken, clean, weights, length
+                )  # fmt: skip
+                if n + 1 == ends[begun]:
+                    taken = [torch.zeros_like(v) for v in taken]
+            else:
+                y, clean = _carry(tile, theta, units, n, y, z, clean)
+            if n + 1 in outputs:
+                path[n + 1], tangents[n + 1] = y, clean
+    ys = torch.stack([path[i] for i in outputs])
+    values, rows = tile.values(theta, ys), []
+    for j, unit in enumerate(units):
+        values, row = jvp(tile.values, (theta, ys), (unit, torch.stack([tangents[i][j] for i in outputs])))
+        rows.append(row)
+    return Rows(ys, values, torch.stack(rows, 1), torch.stack(weights, 1), log_q)
+
+
+def _carry(
+    tile: Tile, theta: Theta, units, n: int, y: Tensor, z: Tensor, S: list[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """A step of the state and of its tangents."""
+
+    def step(th: Theta, y: Tensor) -> Tensor:
+        drift, s = increments(tile.dynamics(th), n, y)
+        return y + drift + noise_product(tile.problem.sde, s, z)
+
+    pairs = [jvp(step, (theta, y), (unit, v)) for unit, v in zip(units, S, strict=True)]
+    return pairs[0][0], [moved for _, moved in pairs]
+
+
+def _weigh(
+    tile: Tile, parts: Parts, theta: Theta, units, n: int, y: Tensor, z: Tensor, taken, clean, weights, length: int
+):
+    """A step of equations (1) and (2): state, V of each direction, clean components' tangents, weights.
+
+    A clean component moves with the parameters, and with the share of the noisy ones that is still to be handed over.
+    """
+    sde = tile.problem.sde
+
+    def law(th: Theta, y: Tensor) -> tuple[Tensor, Tensor]:
+        return increments(tile.dynamics(th), n, y)
+
+    drift, s = law(theta, y)
+    inverse, alive = right_inverse(parts, s)
+    still = {k: torch.zeros_like(v) for k, v in units[0].items()}
+    moved, cleaned, weighed = [], [], []
+    for unit, V, T, w in zip(units, taken, clean, weights, strict=True):
+        drift_y, s_y = jvp(law, (theta, y), (still, V))[1]
+        drift_p, s_p = jvp(law, (theta, y), (unit, T))[1]
+        turned = s_y + s_p / length
+        V = V + torch.where(parts.noisy, drift_y, 0.0) + noise_product(sde, turned, z)
+        u = V + torch.where(parts.noisy, drift_p, 0.0)
+        gain = _contract(parts, inverse, u, turned, z)
+        pushed = ((u != 0) & parts.noisy).flatten(1).any(1) | (turned != 0).flatten(1).any(1)
+        weighed.append(w + torch.where(alive, gain, torch.where(pushed, torch.nan, 0.0)))
+        moved.append(V)
+        cleaned.append(T + torch.where(parts.noisy, 0.0, drift_p + length * drift_y))
+    return y + drift + noise_product(sde, s, z), moved, cleaned, weighed
+
+
+def _contract(parts: Parts, inverse: Tensor, u: Tensor, turned: Tensor, z: Tensor) -> Tensor:
+    """s^+ u . Z - tr(s^+ s'), shape (B,)."""
+    if parts.diagonal:
+        return (inverse * (u * z.reshape(u.shape) - turned)).flatten(1).sum(1)
+    rows = parts.rows
+    along = (inverse @ u.index_select(1, rows)[..., None])[..., 0]
+    return (along * z).sum(1) - (inverse.mT * turned.index_select(1, rows)).sum((1, 2))
+
+
+def _solved(parts: Parts, dynamics: Dynamics, n: int, y: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """The normals that take y to `goal` in its noisy components, (B, m), and the log density of that step."""
+    drift, s = increments(dynamics, n, y)
+    inverse, _ = right_inverse(parts, s)
+    gap = goal - y - drift
+    if parts.diagonal:
+        z = (inverse * gap).flatten(1)
+    else:
+        z = (inverse @ gap.index_select(1, parts.rows)[..., None])[..., 0]
+    return z, log_density(parts, goal, y + drift, s)[0]
