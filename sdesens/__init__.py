@@ -1,9 +1,19 @@
 """sdesens: sensitivities of stochastic differential equations, d/dtheta E[F(X)], with honest error bars."""
 
+from sdesens.audit import Audit, audit
 from sdesens.crosscheck import CrossCheck, crosscheck
-from sdesens.errors import SdesensError, ZeroGradientWarning
+from sdesens.errors import (
+    HeavyTailWarning,
+    HighVarianceWarning,
+    JumpError,
+    JumpWarning,
+    KinkError,
+    SdesensError,
+    ZeroGradientWarning,
+)
 from sdesens.estimate import Estimate
 from sdesens.estimators import expectation_gradient
+from sdesens.hessian import Hessian, hessian
 from sdesens.integrate import sdeint
 from sdesens.montecarlo import Sensitivity, merge, sensitivity
 from sdesens.noise import Antithetic, Coarsened, GivenNoise, Noise, Philox, coarsen
@@ -21,10 +31,17 @@ __all__ = [
     "SDE",
     "Answer",
     "Antithetic",
+    "Audit",
     "Coarsened",
     "CrossCheck",
     "Estimate",
     "GivenNoise",
+    "HeavyTailWarning",
+    "Hessian",
+    "HighVarianceWarning",
+    "JumpError",
+    "JumpWarning",
+    "KinkError",
     "Noise",
     "Philox",
     "Problem",
@@ -33,10 +50,12 @@ __all__ = [
     "TangentPaths",
     "ZeroGradientWarning",
     "as_sde",
+    "audit",
     "coarsen",
     "correlated_noise",
     "crosscheck",
     "expectation_gradient",
+    "hessian",
     "merge",
     "sdeint",
     "sensitivity",

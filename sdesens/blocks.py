@@ -6,6 +6,7 @@ numbers.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,8 +18,8 @@ from sdesens.errors import ArgumentError, NonFiniteError
 from sdesens.estimate import Moments, total
 from sdesens.noise import Coarsened, Noise
 from sdesens.problem import Problem, Theta
-from sdesens.sensitivity import METHODS
 from sdesens.sensitivity.tile import Contributions, Tile
+from sdesens.tails import Largest
 
 BLOCK = 10_000  # paths a block; a multiple of GROUP
 GROUP = 200  # paths a group in reverse mode
@@ -29,11 +30,15 @@ TILE_OUTPUT_BYTES = 64 * 2**20  # states (and tangents) kept for the functional
 
 @dataclass(frozen=True)
 class Block:
-    """Moments of one block: "value" and the parameters by name; of the half-step differences too, if asked for."""
+    """Moments of one block: "value" and the parameters by name; of the half-step differences too, if asked for.
+
+    `largest` holds what the tails of the gradients are judged by.
+    """
 
     first: int
     moments: dict[str, Moments]
     bias: dict[str, Moments] | None
+    largest: dict[str, Largest]
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Run:
 
     problem: Problem
     method: str
+    compute: Callable[..., Contributions]
     theta: dict[str, Tensor]
     noise: Noise
     fine_noise: Noise | None  # a source for 2 n_steps, if the bias is wanted
@@ -76,17 +82,20 @@ class Run:
             ]
         unit = self.noise.unit
         edges = [start, *range((start // BLOCK + 1) * BLOCK, end, BLOCK), end]
-        return [
-            Block(a, _moments(_cut(rows, a, b), unit), _moments(_cut(gaps, a, b), unit) if gaps else None)
-            for a, b in pairwise(edges)
-        ]
+        found = []
+        for a, b in pairwise(edges):
+            units = _units(_cut(rows, a, b), unit)
+            bias = _moments(_units(_cut(gaps, a, b), unit)) if gaps else None
+            largest = {} if self.weighted else {k: _largest(v) for k, v in units.items() if k != "value"}
+            found.append(Block(a, _moments(units), bias, largest))
+        return found
 
     def _contributions(self, problem: Problem, noise: Noise, start: int, end: int) -> "list[_Row]":
         rows = []
         for first, count, group in _tiles(start, end, self.tile_paths, self.group):
             lanes = self.group if self.compiled else 0
             tile = Tile(problem, noise, first, count, group, self.noise_dim, self.vectorised, lanes)
-            contributions = METHODS[self.method](tile, self.theta, **self.options)
+            contributions = self.compute(tile, self.theta, **self.options)
             _check_finite(contributions, tile, self.method)
             rows.append((first, count, _weigh(contributions, tile, self.n_paths, self.weighted)))
         return rows
@@ -94,7 +103,9 @@ class Run:
     def fingerprint(self) -> str:
         """A digest of what is computed, to tell runs that belong together from those that do not."""
         q, sde = self.problem, self.problem.sde
-        names = [getattr(f, "__qualname__", type(f).__qualname__) for f in (sde.drift, sde.diffusion, q.functional)]
+        names = [
+            getattr(f, "__qualname__", type(f).__qualname__) for f in (sde.drift, sde.diffusion, sde.step, q.functional)
+        ]
         noise = repr(self.noise) if self.noise.n_steps is None else type(self.noise).__qualname__
         digest = hashlib.sha256(
             repr((names, sde.noise_type, q.times.tolist(), q.n_steps, noise, self.options)).encode()
@@ -117,6 +128,9 @@ def _check_finite(c: Contributions, tile: Tile, method: str) -> None:
                 if "adjoint" in method
                 else "a bumped run left the domain: take a smaller `relative_step`"
                 if method == "finite_difference"
+                else "the noise vanishes there where the parameter moves the path: use method='pathwise', a shorter `window`, or a "
+                "scheme that stays away from zero"
+                if "malliavin" in method or "likelihood_ratio" in method
                 else "a coefficient or the functional has no finite derivative there (a square root or a norm at 0, a 0/0 "
                 "hidden by torch.where): give the branch that is not taken a safe argument"
             )
@@ -172,23 +186,32 @@ def _cut(rows: list[_Row], start: int, end: int) -> list[_Row]:
     return parts
 
 
-def _moments(rows: list[_Row], unit: int) -> dict[str, Moments]:
-    moments = {}
-    for name in rows[0][2]:
-        units: dict[int, list[Tensor]] = {}  # means by the units' size: where a tile ends must not show
-        for _, paths, row in rows:
-            means = row[name]
+_Units = dict[str, dict[int, Tensor]]  # by name: means by the units' size, since where a tile ends must not show
+
+
+def _units(rows: list[_Row], unit: int) -> _Units:
+    found: dict[str, dict[int, list[Tensor]]] = {name: {} for name in rows[0][2]}
+    for _, paths, row in rows:
+        for name, means in row.items():
             size = paths // means.shape[0]
             if size < unit:  # paths of one unit are not independent: average them first
                 means, size = means.unflatten(0, (-1, unit // size)).mean(1), unit
-            units.setdefault(size, []).append(means)
-        moments[name] = total(Moments.of_units(torch.cat(means), size) for size, means in units.items())
-    return moments
+            found[name].setdefault(size, []).append(means)
+    return {name: {size: torch.cat(means) for size, means in sizes.items()} for name, sizes in found.items()}
+
+
+def _moments(units: _Units) -> dict[str, Moments]:
+    return {k: total(Moments.of_units(means, size) for size, means in v.items()) for k, v in units.items()}
+
+
+def _largest(sizes: dict[int, Tensor]) -> Largest:
+    size, means = max(sizes.items(), key=lambda item: len(item[1]))  # a last odd group is none of them
+    return Largest.of(means, size)
 
 
 def tangents(method: str, theta: Theta) -> int:
-    """How many states' worth of numbers a path carries: the tangents of the forward method count."""
-    return 1 + (sum(v.numel() for v in theta.values()) if method == "forward" else 0)
+    """How many states' worth of numbers a path carries: the tangents of the forward methods count."""
+    return 1 + (sum(v.numel() for v in theta.values()) if method in ("forward", "malliavin") else 0)
 
 
 def sizes(problem, copies, y0, noise_dim, end, unit, weighted, compiled) -> tuple[int, int]:

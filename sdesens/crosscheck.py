@@ -14,15 +14,19 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from sdesens.applicable import ALONG, Case
+from sdesens.audit import Audit
 from sdesens.blocks import BLOCK, tangents
 from sdesens.errors import ArgumentError, NonFiniteError
 from sdesens.integrate.compiled import wanted
 from sdesens.memory import PeakMemory
 from sdesens.montecarlo import Sensitivity, sensitivity
+from sdesens.noise import Philox
 from sdesens.problem import Problem, Theta
 from sdesens.refinement import Refinement
 from sdesens.refinement import refine as run_refinement
-from sdesens.sensitivity import METHODS
+from sdesens.sensitivity import METHODS, SMOOTHED
+from sdesens.sensitivity.probe import check_problem, survives_vmap
 from sdesens.tables import as_text
 from sdesens.verdict import RELATION, Answer, Comparison, Evidence, compare, failed, farthest, hold_against
 
@@ -44,6 +48,8 @@ class CrossCheck:
     refinement : Refinement or None
     skipped : dict of str
         Methods left out, with the reason.
+    audit : Audit
+        Whether the functional jumps.
     """
 
     reference: str
@@ -52,6 +58,7 @@ class CrossCheck:
     comparisons: tuple[Comparison, ...]
     refinement: Refinement | None
     skipped: dict[str, str]
+    audit: Audit
 
     @property
     def ok(self) -> bool:
@@ -78,6 +85,7 @@ class CrossCheck:
             "comparisons": [{**vars(c), "component": list(c.component)} for c in self.comparisons],
             "refinement": refinement,
             "skipped": self.skipped,
+            "audit": self.audit.to_dict(),
         }
 
     def table(self, *, narrow: bool = False) -> Table:
@@ -109,7 +117,7 @@ class CrossCheck:
             memory = self.peak_memory[method]
             cells = [f"{result.seconds:.2f}", "" if memory is None else f"{memory / 2**20:.0f} MiB"]
             r = self.refinement
-            if r is None:
+            if r is None or method not in r.error:
                 cells += [""] * 4
             else:
                 strong = r.order(method, "error")
@@ -122,6 +130,7 @@ class CrossCheck:
     def _caption(self) -> str:
         result = self.results[self.reference]
         lines = [f"{result.n_paths:,} paths x {result.n_steps} steps, the same noise for every route."]
+        lines.append(f"Audit: {self.audit.kind}{', steep' if self.audit.steep else ''}: {self.audit.reason}.")
         lines += [f"{k} left out: {why}" for k, why in self.skipped.items()]
         return "\n".join(lines)
 
@@ -148,8 +157,9 @@ def crosscheck(
     ----------
     problem : Problem
     methods : names, optional
-        Keys of `sdesens.METHODS`; all that apply if left out. The reference is "pathwise" if it is among them, else the
-        first.
+        Keys of `sdesens.METHODS`. If left out: the routes along the path, and central differences; but where the functional
+        jumps, the methods that apply all the same, beside "pathwise" and "forward", which are shown and refused. The reference
+        is "pathwise" if it is among them and nothing jumps, else the first that is not refused.
     wrt : names, optional
         As in `sensitivity`.
     n_paths, seed : int
@@ -182,15 +192,19 @@ def crosscheck(
     """
     answers = answers or {}
     theta = problem.leaves(wrt)
-    chosen, skipped = _choose(methods, theta)
-    reference = "pathwise" if "pathwise" in chosen else chosen[0]
+    case = _case(problem, theta, n_paths, seed)
+    chosen, skipped = _choose(methods, theta, case)
+    refused = tuple(m for m in chosen if m in ALONG) if case.plain.kind == "jump" else ()
+    sound = [m for m in chosen if m not in refused] or chosen
+    reference = "pathwise" if "pathwise" in sound else sound[0]
+    refine = refine and not refused
     names = tuple(theta)
     results: dict[str, Sensitivity] = {}
     memory: dict[str, int | None] = {}
     failures: dict[str, str] = {}
     for method in chosen:
         bias = method == reference and any(not a.of_scheme for a in answers.values())
-        how: dict[str, Any] = {"method": method, "wrt": names, "seed": seed}
+        how: dict[str, Any] = {"method": method, "wrt": names, "seed": seed, "audit": False}
         how["compile"] = wanted(compile, n_paths * problem.n_steps, tangents(method, theta))
         try:
             with warnings.catch_warnings():  # two paths say nothing about zeros
@@ -210,12 +224,15 @@ def crosscheck(
             skipped[method] = "torch: " + str(error).strip().splitlines()[0][:100]
     refinement = None
     if refine:
-        refinement = run_refinement(problem, [m for m in chosen if m in results], theta, refine_paths, seed)
+        refinement = run_refinement(
+            problem, [m for m in chosen if m in results and m not in SMOOTHED], theta, refine_paths, seed
+        )
     eps = max(torch.finfo(v.dtype).eps for v in (problem.initial({}), *theta.values()))
     comparisons = []
     for name in names:
         at = farthest(name, reference, results)
-        evidence = Evidence(name, reference, results, at, eps, theta[name], refinement)
+        apart = hasattr(problem.functional, "bridge")
+        evidence = Evidence(name, reference, results, at, eps, theta[name], refinement, refused, apart)
         comparisons += [
             compare(m, evidence) if m in results else failed(m, name, at, failures[m])
             for m in chosen
@@ -225,20 +242,36 @@ def crosscheck(
             hold_against(label, a, name, at, results[reference]) for label, a in answers.items() if name in a.gradient
         ]
     comparisons += [hold_against(label, a, "value", (), results[reference]) for label, a in answers.items()]
-    return CrossCheck(reference, results, memory, tuple(comparisons), refinement, skipped)
+    return CrossCheck(reference, results, memory, tuple(comparisons), refinement, skipped, case.plain)
 
 
-def _choose(methods: Sequence[str] | None, theta: Theta) -> tuple[list[str], dict[str, str]]:
+def _case(problem: Problem, theta: Theta, n_paths: int, seed: int) -> Case:
+    noise_dim = check_problem(problem, theta, differentiated=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # each run says what it has to say of vmap itself
+        vectorised = survives_vmap(problem, theta, noise_dim)
+    return Case(problem, dict(theta), Philox(seed), noise_dim, vectorised, n_paths)
+
+
+def _choose(methods: Sequence[str] | None, theta: Theta, case: Case) -> tuple[list[str], dict[str, str]]:
     """The methods to run, and those left out with the reason."""
+    if methods is None and case.plain.kind == "jump":
+        order = ("conditional", "vibrato", "malliavin", "likelihood_ratio")
+        reasons = {m: case.refusal(m) for m in order}
+        skipped = {m: why.split(": ")[0] for m, why in reasons.items() if why is not None}
+        return ["pathwise", "forward", *(m for m in order if reasons[m] is None)], skipped
     if methods is None:
         skipped = {}
+        if case.problem.sde.step is not None:
+            why = "it reverses Euler-Maruyama, and this SDE brings a step of its own"
+            skipped = {"adjoint": why, "torchsde_adjoint": why}
         if "t1" in theta:
             skipped["torchsde_adjoint"] = "it does not differentiate in t1"
         if (components := sum(v.numel() for v in theta.values())) > MANY:
             skipped["finite_difference"] = (
                 f"two runs for each of {components} components; name it in `methods` to have it"
             )
-        return [m for m in METHODS if m not in skipped], skipped
+        return [m for m in METHODS if m not in skipped and m not in SMOOTHED], skipped
     chosen = [methods] if isinstance(methods, str) else list(dict.fromkeys(methods))
     for method in chosen:
         if method not in METHODS:

@@ -57,6 +57,10 @@ class JumpError(ArgumentError):
     """A function jumps where a derivative is to be taken: the derivative exists almost everywhere and misses the jump."""
 
 
+class KinkError(JumpError):
+    """A second derivative is to be taken where the first one jumps."""
+
+
 class MethodError(ArgumentError):
     """A gradient method cannot be used for this model."""
 
@@ -98,6 +102,18 @@ def _rebuild_non_finite(message, paths, n_bad, step, time):
 
 class ZeroGradientWarning(UserWarning):
     """A gradient is exactly zero on every path: a functional with a jump looks like this."""
+
+
+class JumpWarning(UserWarning):
+    """A function jumps where a derivative is taken all the same: what it adds is missing."""
+
+
+class HighVarianceWarning(UserWarning):
+    """The number is unbiased but varies much: a steep functional, or one whose derivative is singular."""
+
+
+class HeavyTailWarning(UserWarning):
+    """The variance of a gradient looks infinite: its standard error means nothing."""
 
 
 class SlowPathWarning(UserWarning):

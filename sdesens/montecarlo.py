@@ -13,22 +13,29 @@ import inspect
 import pickle
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from sdesens.applicable import AUDIT, Case, judge
+from sdesens.audit import Audit
+from sdesens.auto import Trial, candidates, choose
 from sdesens.blocks import BLOCK, ROW, Block, Run, sizes, tangents
-from sdesens.errors import ArgumentError, ArgumentTypeError, ZeroGradientWarning
+from sdesens.errors import ArgumentError, ArgumentTypeError, HeavyTailWarning, NonFiniteError, ZeroGradientWarning
 from sdesens.estimate import Estimate, Moments, total
 from sdesens.integrate.compiled import wanted
 from sdesens.noise import Noise, independent
 from sdesens.problem import Problem
-from sdesens.sensitivity import METHODS
+from sdesens.sensitivity import COMPILED, METHODS, SETTLE, SMOOTHED
 from sdesens.sensitivity.probe import check_problem, noise_source, survives_vmap
+from sdesens.sensitivity.tile import Contributions
+from sdesens.tails import Tail, tail
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,19 @@ class Sensitivity:
     blocks: tuple[Block, ...]
     weighted: bool = False
     fingerprint: str = ""  # of problem and noise: runs that merge have the same
+    audit: Audit | None = None
+    tried: Mapping[str, Trial] = field(default_factory=dict)
+
+    @cached_property
+    def tails(self) -> dict[str, Tail]:
+        """The tail of each gradient, where the run is long enough to tell: 5,000 paths, or 400 groups of them."""
+        found = {k: tail(b.largest[k] for b in self.blocks if k in b.largest) for k in self.gradient}
+        return {k: v for k, v in found.items() if v is not None}
+
+    @property
+    def unreliable(self) -> tuple[str, ...]:
+        """Parameters whose gradient seems to have no finite variance: their standard errors mean nothing."""
+        return tuple(k for k, v in self.tails.items() if v.heavy)
 
     def to_dict(self) -> dict:
         """Plain numbers."""
@@ -71,6 +91,9 @@ class Sensitivity:
             "value": self.value.to_dict(),
             "gradient": {k: v.to_dict() for k, v in self.gradient.items()},
             "bias": None if self.bias is None else {k: v.to_dict() for k, v in self.bias.items()},
+            "tails": {k: v.to_dict() for k, v in self.tails.items()},
+            "audit": None if self.audit is None else self.audit.to_dict(),
+            "tried": {k: v.to_dict() for k, v in self.tried.items()},
         }
 
     def __repr__(self) -> str:
@@ -84,6 +107,9 @@ class Sensitivity:
         )
         for name, estimate in rows.items():
             lines.append(f"  {name:<{width}}  {estimate!r}" + (f", bias {bias[name]!r}" if bias else ""))
+        lines += [f"  d/d {k}: standard error not reliable, {self.tails[k]!r}" for k in self.unreliable]
+        if self.tried:
+            lines.append(f"  chosen by trial: {'; '.join(f'{k} {v!r}' for k, v in self.tried.items())}")
         return "\n".join(lines)
 
 
@@ -103,6 +129,7 @@ def sensitivity(
     tile_paths: int | None = None,
     compile: bool | str = "auto",
     check: bool = True,
+    audit: str | bool = "warn",
     **options: Any,
 ) -> Sensitivity:
     """Estimate E[F(X)] and its derivatives, with standard errors.
@@ -114,7 +141,9 @@ def sensitivity(
         At least 2, and even for antithetic noise.
     method : str
         A key of `sdesens.METHODS`: "pathwise" (reverse mode, any number of parameters), "forward" (tangent SDE, each path's
-        own gradient), "adjoint", "torchsde_adjoint", "finite_difference".
+        own gradient), "adjoint", "torchsde_adjoint", "finite_difference"; where the functional jumps "conditional", "vibrato",
+        "malliavin", "likelihood_ratio". Or "auto": the unbiased method that applies and has the least variance times seconds
+        in a trial on other noise; `tried` of the result says what was found of each.
     wrt : names, optional
         Parameters of the SDE, "y0", "t1". All parameters of the SDE if left out. "t1" moves the horizon and every output
         time in proportion; a functional that mentions the horizon itself must carry it as a state.
@@ -140,9 +169,14 @@ def sensitivity(
         SlowPathWarning says why.
     check : bool
         Probe the problem first, some 20 ms: structure, names, parameters that do not reach the result. Turn it off in a
-        loop that solves the same problem many times, once it has passed.
+        loop that solves the same problem many times, once it has passed. Nothing is audited then either.
+    audit : {"warn", "allow", False}
+        Whether to look, on up to 6 x 20,000 paths of other noise, if what the method differentiates along the path jumps
+        (see `sdesens.audit`). "warn": a jump is a JumpError, a steep or singular functional a HighVarianceWarning. "allow":
+        a jump is a JumpWarning. False: nothing is looked at.
     **options
-        Of the method itself, such as `relative_step` of "finite_difference"; unknown names raise.
+        Of the method itself, such as `relative_step` of "finite_difference", `draws` of "vibrato", `window` of "malliavin",
+        `control` of "likelihood_ratio" and "malliavin"; unknown names raise.
 
     Returns
     -------
@@ -156,11 +190,19 @@ def sensitivity(
         If the result cannot depend on a parameter in `wrt`.
     NonFiniteError
         With the path, step and time of the first bad state.
+    JumpError
+        If the functional jumps where the method differentiates it; it names the methods that apply.
+    MethodError
+        If the method cannot be used for this problem.
 
     Warns
     -----
     ZeroGradientWarning
         If a gradient is exactly zero on every path.
+    HighVarianceWarning
+        If the functional is steep, or singular.
+    HeavyTailWarning
+        If a gradient seems to have no finite variance, so that its standard error means nothing.
 
     Example
     -------
@@ -173,13 +215,11 @@ def sensitivity(
     -0.6...
     """
     began = time.perf_counter()
-    run = _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, compile, check, options)
-    stretches = run.stretches()
-    mapped = map(run.blocks, stretches) if executor is None else _executed(executor, run, stretches)
-    hidden = None if progress is None else not progress
-    bar = tqdm(mapped, total=len(stretches), desc=method, unit="part", delay=2.0, disable=hidden, leave=False)
-    blocks = tuple(block for part in bar for block in part)
-    return _assemble(blocks, run, time.perf_counter() - began)
+    run, seen, tried = _prepare(
+        problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, compile, check, audit, options
+    )  # fmt: skip
+    blocks = carry_out(run, executor, progress)
+    return replace(_assemble(blocks, run, time.perf_counter() - began), audit=seen, tried=tried)
 
 
 def merge(*results: Sensitivity) -> Sensitivity:
@@ -220,6 +260,15 @@ def merge(*results: Sensitivity) -> Sensitivity:
     return _result(blocks, first.method, first.n_steps, first.first_path, seconds, first.weighted, first.fingerprint)
 
 
+def carry_out(run: Run, executor: Executor | None, progress: bool | None) -> tuple[Block, ...]:
+    """All blocks of a run, in order."""
+    stretches = run.stretches()
+    mapped = map(run.blocks, stretches) if executor is None else _executed(executor, run, stretches)
+    hidden = None if progress is None else not progress
+    bar = tqdm(mapped, total=len(stretches), desc=run.method, unit="part", delay=2.0, disable=hidden, leave=False)
+    return tuple(block for part in bar for block in part)
+
+
 def _executed(executor: Executor, run: Run, stretches: list[tuple[int, int]]):
     if not isinstance(executor, Executor):
         raise ArgumentTypeError(
@@ -251,8 +300,16 @@ def _assemble(blocks: tuple[Block, ...], run: Run, seconds: float) -> Sensitivit
         warnings.warn(
             f"the {run.method} gradient with respect to {', '.join(zero)} is exactly zero on every path. Either "
             "the result does not depend on it, or the functional jumps (an indicator, a rounding, a comparison) and its "
-            "pathwise derivative misses the jump: compare with method='finite_difference'.",
+            "pathwise derivative misses the jump: compare with method='auto', or with wide central differences.",
             ZeroGradientWarning,
+            stacklevel=3,
+        )
+    for name in result.unreliable:
+        warnings.warn(
+            f"the variance of the {run.method} gradient with respect to {name!r} looks infinite ({result.tails[name]!r}; above 2 it "
+            "is finite): its standard error is not reliable, whatever the number of paths. The usual cause is a square root near "
+            "zero. Use a scheme that stays away from it (models.cir_lamperti), or another method.",
+            HeavyTailWarning,
             stacklevel=3,
         )
     return result
@@ -270,34 +327,53 @@ def _result(
     return Sensitivity(value, gradient, bias, method, value.n, n_steps, first, seconds, blocks, weighted, fingerprint)
 
 
-def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, compile, check, options) -> Run:
-    """Check everything that can be checked before work starts."""
+def _prepare(
+    problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, compile, check, audit, options
+) -> tuple[Run, Audit | None, dict[str, Trial]]:  # fmt: skip
+    """Check everything that can be checked before work starts; settle the method and its options."""
     if not isinstance(problem, Problem):
         raise ArgumentTypeError(f"`problem` must be a Problem, got {type(problem).__name__}.")
-    if method not in METHODS:
-        raise ArgumentError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
-    for name, number, least in (("n_paths", n_paths, 2), ("first_path", first_path, 0), ("tile_paths", tile_paths, 1)):
-        if number is None and name == "tile_paths":
-            continue
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise ArgumentTypeError(f"`{name}` must be an int, got {number!r}.")
-        if number < least:
-            raise ArgumentError(f"`{name}` must be at least {least}, got {number}.")
-    known = [k for k, v in inspect.signature(METHODS[method]).parameters.items() if v.kind is v.KEYWORD_ONLY]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, [*inspect.signature(sensitivity).parameters, *known], 1)
-            hint = f"; did you mean `{near[0]}`?" if near else f"; method {method!r} has options {known}."
-            raise ArgumentTypeError(f"`sensitivity` has no argument `{name}`{hint}")
+    if method not in (*METHODS, "auto"):
+        raise ArgumentError(f"`method` must be one of {', '.join(map(repr, METHODS))}, or 'auto', got {method!r}.")
+    check_counts(n_paths=(n_paths, 2), first_path=(first_path, 0), tile_paths=(tile_paths, 1))
+    if not any(audit is a or (isinstance(audit, str) and audit == a) for a in AUDIT):
+        raise ArgumentError(f"`audit` must be 'warn', 'allow' or False, got {audit!r}.")
+    check_options("sensitivity", sensitivity, method, METHODS.get(method), options)
     source = noise_source(problem, seed, noise)
-    if n_paths % source.unit or first_path % source.unit:
-        raise ArgumentError(f"antithetic paths come in pairs: `n_paths` = {n_paths} and `first_path` must be even.")
+    check_units(source, n_paths, first_path)
     if bias and source.n_steps is not None:
         raise ArgumentError("`bias` runs n_steps and 2 n_steps, so it needs noise for any grid, such as Philox(seed).")
     theta = problem.leaves(wrt)
-    differentiated = method != "finite_difference"
+    differentiated = method not in SMOOTHED and method not in ("finite_difference", "auto")
     noise_dim = check_problem(problem, theta, differentiated=differentiated, thorough=check)
-    vectorised = not differentiated or survives_vmap(problem, theta, noise_dim)
+    vectorised = method == "finite_difference" or survives_vmap(problem, theta, noise_dim)
+    case = Case(problem, theta, source, noise_dim, vectorised, n_paths)
+    tried: dict[str, Trial] = {}
+    if method == "auto":
+        method, tried = choose(case, candidates(case))
+    seen = judge(case, method, options, allow=audit == "allow") if check and audit else None
+    if method in SETTLE:
+        with suppress(NonFiniteError):  # the run itself will say which of its own paths
+            options = SETTLE[method](case.pilot(), theta, options)
+    compiled = method in COMPILED and vectorised and wanted(compile, n_paths * problem.n_steps, tangents(method, theta))
+    copies = tangents(method, theta)
+    run = make_run(case, method, METHODS[method], options, first_path, tile_paths, compiled, copies, bias)
+    return run, seen, tried
+
+
+def make_run(
+    case: Case,
+    method: str,
+    compute: Callable[..., Contributions],
+    options: dict[str, Any],
+    first_path: int = 0,
+    tile_paths: int | None = None,
+    compiled: bool = False,
+    copies: int = 1,
+    bias: bool = False,
+) -> Run:
+    """A run of a method that is settled; `copies` is how many states' worth of numbers it carries a path."""
+    problem, source, n_paths = case.problem, case.noise, case.n_paths
     y0 = problem.initial({})
     weights = source.weights(first_path, n_paths, dtype=torch.float64, device=y0.device)
     weighted = weights is not None
@@ -306,15 +382,40 @@ def _prepare(problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_
             f"the weights of paths {first_path} ... {first_path + n_paths - 1} sum to {float(weights.sum())!r}, not 1: a "
             "weighted sum needs all its paths in one run."
         )
-    compiled = wanted(compile, n_paths * problem.n_steps, tangents(method, theta)) and vectorised
-    group, tile = sizes(
-        problem, tangents(method, theta), y0, noise_dim, first_path + n_paths, source.unit, weighted, compiled
-    )
+    group, tile = sizes(problem, copies, y0, case.noise_dim, first_path + n_paths, source.unit, weighted, compiled)
     if tile_paths is not None:
         tile = max(tile_paths // (ROW * group), 1) * ROW * group
         tile = tile if tile < BLOCK else tile // BLOCK * BLOCK
     fine = independent(source) if bias else None  # so that value and bias have independent errors
     return Run(
-        problem, method, theta, source, fine, first_path, n_paths, group, tile, noise_dim, vectorised, weighted, compiled,
-        options,
+        problem, method, compute, case.theta, source, fine, first_path, n_paths, group, tile, case.noise_dim,
+        case.vectorised, weighted, compiled, options,
     )  # fmt: skip
+
+
+def check_counts(**numbers: tuple[Any, int]) -> None:
+    """Raise unless each number is an int and at least its bound; None is left alone where it is the tile's."""
+    for name, (number, least) in numbers.items():
+        if number is None and name == "tile_paths":
+            continue
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise ArgumentTypeError(f"`{name}` must be an int, got {number!r}.")
+        if number < least:
+            raise ArgumentError(f"`{name}` must be at least {least}, got {number}.")
+
+
+def check_options(caller: str, function: Callable, method: str, compute: Callable | None, options: Mapping) -> None:
+    """Raise ArgumentTypeError for a name that neither the caller nor the method knows."""
+    parameters = {} if compute is None else inspect.signature(compute).parameters
+    known = [k for k, v in parameters.items() if v.kind is v.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*inspect.signature(function).parameters, *known], 1)
+            hint = f"; did you mean `{near[0]}`?" if near else f"; method {method!r} has options {known}."
+            raise ArgumentTypeError(f"`{caller}` has no argument `{name}`{hint}")
+
+
+def check_units(source: Noise, n_paths: int, first_path: int) -> None:
+    """Raise ArgumentError if antithetic pairs would be torn apart."""
+    if n_paths % source.unit or first_path % source.unit:
+        raise ArgumentError(f"antithetic paths come in pairs: `n_paths` = {n_paths} and `first_path` must be even.")

@@ -4,10 +4,14 @@
     rounding      |g - g_ref| <= 1e3 u,          u = eps x rms of one path's gradient
     differences   |g - g_ref| <= 1e-6 rms (float64) plus the rounding of F in a difference quotient, or 0.05 standard errors
                   (a kink moves a few paths by much)
+    statistics    |g - g_ref| <= 4.5 standard errors of the two together
     converges     the RMS over paths (and components) of G - G_ref falls at order >= 0.35 over two halvings of dt, or is
                   rounding
     scheme        |g_ref - exact| <= 4.5 standard errors, exact answer of the Euler-Maruyama chain
     closed form   the same for the SDE's answer, once the estimated bias is taken off
+
+Where the functional jumps, routes along the path are shown but refused: they miss the jump. The reference is then one that does
+not, and a functional that is watched between grid points by its conditional expectation alone is not held against the others.
 
 With 4.5 standard errors a sound table of ten statistical checks raises a false alarm once in about 15,000 runs. A reference
 that is exactly zero on every path fails, and so does a route that is not finite.
@@ -35,6 +39,10 @@ RELATION = {
     "finite_difference": "differences",
     "adjoint": "converges",
     "torchsde_adjoint": "converges",
+    "likelihood_ratio": "statistics",
+    "malliavin": "statistics",
+    "vibrato": "statistics",
+    "conditional": "statistics",
 }
 
 
@@ -118,6 +126,10 @@ class Evidence:
     theta : Tensor
         The parameter's value.
     refinement : Refinement or None
+    refused : tuple of str
+        Methods that miss a jump of the functional.
+    apart : bool
+        Whether "conditional" estimates another number, of a path watched between grid points.
     """
 
     name: str
@@ -127,6 +139,8 @@ class Evidence:
     eps: float
     theta: Tensor
     refinement: Refinement | None
+    refused: tuple[str, ...] = ()
+    apart: bool = False
 
     @property
     def estimate(self) -> Estimate:
@@ -150,14 +164,26 @@ def compare(method: str, e: Evidence) -> Comparison:
     gap, scale = (g.mean - ref.mean).abs(), rms(ref)
     units = gap / (e.eps * scale).clamp_min(1e-300)
     within = bool((units <= ROUNDING_UNITS).all())
-    relation = "differences" if "finite_difference" in (method, e.reference) else RELATION[method]
+    pair = {method, e.reference}
+    relation = (
+        "statistics" if "statistics" in {RELATION[m] for m in pair}
+        else "differences" if "finite_difference" in pair
+        else RELATION[method]
+    )  # fmt: skip
     ok: bool | None
-    if method == e.reference:
+    if method in e.refused:
+        ok, verdict = (False if method == e.reference else None), "refused: it misses the jump"
+    elif e.apart and "conditional" in pair and len(pair) > 1:
+        ok, verdict = None, "another number (grid only)"
+    elif method == e.reference:
         zero = (ref.mean == 0) & (ref.standard_error == 0)
         some = f"; {int(zero.sum())} of {zero.numel()} components exactly zero" if bool(zero.any()) else ""
         ok, verdict = (False, "exactly zero on every path: a jump?") if e.is_zero else (True, "the reference" + some)
     elif e.is_zero and not bool(gap.any()):
         ok, verdict = None, "as zero as the reference"
+    elif relation == "statistics":
+        z = gap / (g.standard_error.square() + ref.standard_error.square()).sqrt().clamp_min(1e-300)
+        ok, verdict = bool((z <= STANDARD_ERRORS).all()), f"{float(z.max()):.1f} std. errors of both"
     elif relation == "rounding":
         ok, verdict = within, "the same to rounding" if within else "not the same number"
     elif relation == "differences":
@@ -174,7 +200,7 @@ def compare(method: str, e: Evidence) -> Comparison:
         float(g.mean[at]),
         float(g.standard_error[at]),
         float(g.mean[at] - ref.mean[at]),
-        float(units[at]) if relation != "converges" or within else math.nan,
+        float(units[at]) if relation in ("rounding", "differences") or within else math.nan,
         float(gap[at] / ref.standard_error[at]),
         verdict,
         ok,
