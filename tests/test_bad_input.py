@@ -56,7 +56,7 @@ def problem(functional=None, y0=None, ts=(0.0, 1.0), n_steps=8, **changes):
 
 def run(functional=None, y0=None, ts=(0.0, 1.0), n_steps=8, n_paths=100, **changes):
     """sensitivity on a sound problem with something changed."""
-    names = ("method", "wrt", "seed", "noise", "first_path", "bias", "tile_paths", "executor")
+    names = ("method", "wrt", "seed", "noise", "first_path", "bias", "tile_paths", "executor", "audit")
     options = {k: changes.pop(k) for k in names if k in changes}
     return sensitivity(problem(functional, y0, ts, n_steps, **changes), n_paths=n_paths, **options)
 
@@ -524,6 +524,7 @@ def test_a_squeezed_functional_is_refused_before_it_meets_a_tile_of_one_path():
     refuses(lambda: run(lambda ys, p: ys[-1].squeeze(), y0=ones(1)), ShapeError, "`functional.*one path.*squeeze")
 
 
+@pytest.mark.filterwarnings("ignore::sdesens.HighVarianceWarning")  # a logarithm near 0 is steep
 @pytest.mark.parametrize("method", ["pathwise", "forward", "finite_difference"])
 def test_a_functional_outside_its_domain(method):
     refused = refuses(
@@ -538,8 +539,8 @@ def test_a_functional_outside_its_domain(method):
 
 
 def test_an_indicator_is_warned_about():
-    with pytest.warns(ZeroGradientWarning, match="'mu', 'sigma' is exactly zero on every path.*finite_difference"):
-        run(lambda ys, p: (ys[-1, :, 0] > 1).double() + 0 * ys[-1, :, 0])
+    with pytest.warns(ZeroGradientWarning, match="'mu', 'sigma' is exactly zero on every path.*'auto'"):
+        run(lambda ys, p: (ys[-1, :, 0] > 1).double() + 0 * ys[-1, :, 0], audit=False)
 
 
 # sensitivity
@@ -597,7 +598,7 @@ def test_a_run_needs_a_problem():
     refuses(lambda: sensitivity(gbm(), n_paths=10), ArgumentTypeError, "`problem` must be a Problem, got SDE")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "conditional"])  # which the functional does not declare
 def test_a_parameter_that_the_result_cannot_depend_on(method):
     message = "the result cannot depend on 'idle'.*Remove it from `wrt`"
     refuses(lambda: unused(method=method), UnusedParameterError, message)
@@ -641,7 +642,7 @@ def explosive(method, x0):
     return lambda: sensitivity(question, n_paths=40, method=method, first_path=100)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "conditional"])
 def test_a_run_that_blows_up_names_path_step_and_time(method):
     # x' = x^2 from 50 with h = 0.1: 50, 300, 9300, ... squares past 1e308 within 10 steps, noise or no noise
     step = next(n for n in range(1, 21) if not math.isfinite(_deterministic(n)))

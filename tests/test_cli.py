@@ -61,7 +61,15 @@ def test_check_prints_a_table_and_passes(capsys):
 
 def test_failed_check_exits_1(capsys, file):
     assert run("check", f"{file}:jump", *FAST, "--methods", "pathwise,forward") == 1
-    assert "exactly zero on every path" in capsys.readouterr().out
+    assert "refused: it misses the jump" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["digital", "barrier"])
+def test_a_jump_is_refused_and_answered_beside_the_closed_form(capsys, name):
+    assert run("check", name, "--paths", "4000", "--steps", "8") == 0
+    out = capsys.readouterr().out
+    for words in ("Audit: jump", "refused: it misses the jump", "closed form", "conditional", "checks passed"):
+        assert words in out, words
 
 
 def test_non_finite_path_exits_1(capsys, file):
@@ -155,7 +163,7 @@ def test_seed_changes_the_numbers_and_only_they(capsys):
 def test_models_lists_all():
     result = CliRunner().invoke(app, ["models"])
     assert result.exit_code == 0
-    for name in ("brownian", "gbm-digital", "heston", "lotka-volterra", "tbill"):
+    for name in ("brownian", "digital", "heston", "lotka-volterra", "tbill"):
         assert name in result.stdout
 
 

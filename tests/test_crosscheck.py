@@ -10,7 +10,7 @@ import torch
 
 from sdesens import SDE, Answer, Problem, crosscheck, sensitivity
 from sdesens.errors import ArgumentError, NonFiniteError, ZeroGradientWarning
-from sdesens.models import MODELS, gbm, gbm_digital, ou
+from sdesens.models import MODELS, barrier, gbm, gbm_digital, ou
 from sdesens.sensitivity.adjoint import adjoint
 from sdesens.sensitivity.pathwise import pathwise
 
@@ -31,7 +31,8 @@ def test_every_route_agrees_on_gbm():
     }
     check = crosscheck(known.problem, answers=answers, **SMALL)
     assert check.ok
-    assert set(check.results) == set(module.METHODS)
+    along = {"pathwise", "forward", "adjoint", "torchsde_adjoint", "finite_difference"}
+    assert set(check.results) == along
     assert len(check.comparisons) == 3 * (5 + 2) + 2  # three parameters by five routes and two answers; two values
     for method in ("adjoint", "torchsde_adjoint"):
         # 500 paths, heavy tails of x^2: the fitted order scatters by about 0.05 around 1/2
@@ -85,6 +86,38 @@ def test_silent_zero_of_a_jump_fails():
     with pytest.warns(Warning, match="exactly zero on every path"):
         check = crosscheck(gbm_digital(n_steps=16).problem, wrt=("sigma",), methods=("pathwise", "forward"), **SMALL)
     assert verdicts(check, "pathwise") == {"sigma": False}
+    assert check.audit.kind == "jump"
+    assert "refused: it misses the jump" in repr(check)
+
+
+def test_a_jump_is_answered_by_what_applies():
+    known = gbm_digital(n_steps=16)
+    with pytest.warns(Warning, match="exactly zero on every path"):
+        check = crosscheck(
+            known.problem, answers={"closed form": Answer(*known.answers(), of_scheme=False)}, n_paths=20_000
+        )
+    assert check.ok
+    assert check.reference == "conditional"
+    names = ("r", "sigma", "s0")
+    for method in ("pathwise", "forward"):
+        assert verdicts(check, method) == dict.fromkeys(names)  # shown, not judged
+    for method in ("vibrato", "malliavin", "likelihood_ratio"):
+        assert verdicts(check, method) == dict.fromkeys(names, True)
+    assert check.refinement is None
+    # negative control: a closed form that is off by a tenth is a dozen standard errors off
+    value, gradient = known.answers()
+    wrong = Answer(value, {k: 1.1 * v for k, v in gradient.items()}, of_scheme=False)
+    with pytest.warns(Warning, match="exactly zero on every path"):
+        assert not crosscheck(known.problem, answers={"wrong": wrong}, n_paths=400_000, wrt="s0").ok
+
+
+def test_a_barrier_watched_at_output_times_is_another_number():
+    known = barrier(n_steps=8)
+    answers = {"closed form": Answer(*known.answers(), of_scheme=False)}
+    check = crosscheck(known.problem, answers=answers, n_paths=20_000, wrt=("s0", "sigma"))
+    assert check.ok
+    assert verdicts(check, "likelihood_ratio") == {"s0": None, "sigma": None}
+    assert "another number" in repr(check)
 
 
 def double_well():
@@ -94,6 +127,7 @@ def double_well():
     return Problem(sde, lambda ys, p: ys[-1, :, 0] ** 2, 0.5 * torch.ones(1, dtype=torch.float64), (0.0, 4.0), 128)
 
 
+@pytest.mark.filterwarnings("ignore::sdesens.HighVarianceWarning")  # some paths all but change wells
 def test_adjoint_that_is_not_finite_fails():
     with pytest.raises(NonFiniteError, match=r"the adjoint gradient with respect to 'a'.*use method='pathwise'"):
         sensitivity(double_well(), n_paths=2000, method="adjoint")
