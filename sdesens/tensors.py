@@ -24,7 +24,8 @@ def jvp(function, primals: tuple, tangents: tuple):
     if torch.compiler.is_compiling():
         return _jvp_by_transposes(function, primals, tangents)
     with _FORWARD_MODE:
-        return torch.func.jvp(function, primals, tangents)
+        out, moved = torch.func.jvp(function, primals, tangents)[:2]
+    return out, tree_map(lambda x, t: t.to(x.dtype), out, moved)  # torch promotes tangents of 0-dim tensors
 
 
 def _jvp_by_transposes(function, primals: tuple, tangents: tuple):

@@ -25,6 +25,7 @@ from sdesens.errors import MethodError
 from sdesens.integrate.chunk import Dynamics
 from sdesens.problem import Problem, Theta
 from sdesens.sensitivity.pathwise import pathwise
+from sdesens.sensitivity.probe import probe_states
 from sdesens.sensitivity.tile import Contributions, Measure, Tile
 from sdesens.sensitivity.transition import increments, parts_of
 from sdesens.sensitivity.vibrato import LastStep
@@ -60,7 +61,11 @@ def smoothed(problem: Problem, theta: Theta, noise_dim: int, *, twice: bool = Fa
     if hasattr(functional, "conditional"):
         parts = parts_of(problem, theta, noise_dim, "method='conditional'")
         strict = twice or getattr(functional, "kind", "jump") == "jump"
-        return Conditional(problem, parts.noisy if strict else None)
+        measure = Conditional(problem, parts.noisy if strict else None)
+        y = probe_states(problem, theta, noise_dim)[-1][1]
+        with torch.no_grad():  # under vmap the functional cannot look at values, and so not complain
+            measure(theta, y.expand(len(measure.outputs), *y.shape), None)
+        return measure
     raise MethodError(
         "method='conditional' needs a functional that knows its expectation over a Gaussian step, a method conditional(ys, "
         f"covariance, p) such as `functionals.Digital` has; {type(functional).__name__} has none. Use method='vibrato' for a jump "

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdesens.errors import ArgumentError, MethodError
+from sdesens.errors import ArgumentError
 from sdesens.problem import Theta
 from sdesens.sensitivity.likelihood_ratio import constants as fitted
 from sdesens.sensitivity.tile import Contributions, Tile
-from sdesens.sensitivity.transition import parts_of
+from sdesens.sensitivity.transition import reached
 from sdesens.sensitivity.weights import first_order
 from sdesens.tensors import split
 
@@ -62,24 +62,18 @@ def malliavin(
 def weighted(tile: Tile, theta: Theta, window: int | None) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """Values, gradients without a control variate, and weights, of every path."""
     theta = {k: v.detach() for k, v in theta.items()}
-    parts = reached(tile, theta, window)
+    check_window(window)
+    parts = reached(tile.problem, theta, tile.noise_dim, "method='malliavin'")
     with torch.no_grad():
         rows = first_order(tile, theta, parts, weighted=True, window=window)
     tile.check(theta, rows.ys, rows.values)
     return rows.values, split(rows.gradients.double(), theta), split(rows.weights.double(), theta)
 
 
-def reached(tile: Tile, theta: Theta, window: int | None):
-    """The parts of the state, if weights can be had."""
+def check_window(window: int | None) -> None:
+    """Raise ArgumentError unless it is a number of steps, or None."""
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ArgumentError(f"`window` must be a positive int, a number of steps, got {window!r}.")
-    parts = parts_of(tile.problem, theta, tile.noise_dim, "a weight")
-    if not parts.spans:
-        raise MethodError(
-            "a weight cannot be had: the noise of the noisy components reaches fewer directions than they have. For parameters "
-            "of the drift that push along the noise use method='likelihood_ratio'."
-        )
-    return parts
 
 
 def settle(tile: Tile, theta: Theta, options: dict[str, Any]) -> dict[str, Any]:

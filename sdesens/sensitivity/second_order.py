@@ -32,9 +32,9 @@ from torch import Tensor
 from sdesens.errors import MethodError
 from sdesens.problem import Theta
 from sdesens.sensitivity.conditional import smoothed
-from sdesens.sensitivity.malliavin import reached
+from sdesens.sensitivity.malliavin import check_window
 from sdesens.sensitivity.tile import Contributions, Tile
-from sdesens.sensitivity.transition import Parts
+from sdesens.sensitivity.transition import Parts, reached
 from sdesens.sensitivity.weights import Rows, first_order
 from sdesens.tensors import basis, jvp
 
@@ -99,7 +99,8 @@ def parts_for(tile: Tile, theta: Theta, pair: Pair, window: int | None = None) -
     """
     if not (pair.weighted or pair.fixed):
         return None
-    parts = reached(tile, theta, window)
+    check_window(window)
+    parts = reached(tile.problem, theta, tile.noise_dim, "a second derivative by weights or on a path held fixed")
     noisy = int(parts.noisy.sum())
     if pair.fixed and not parts.diagonal and tile.noise_dim != noisy:
         raise MethodError(

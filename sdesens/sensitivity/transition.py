@@ -86,6 +86,22 @@ def parts_of(problem: Problem, theta: Theta, noise_dim: int, where: str) -> Part
     return Parts(noisy, spans, diagonal)
 
 
+def reached(problem: Problem, theta: Theta, noise_dim: int, where: str) -> Parts:
+    """The parts of the state, if the noise reaches every direction of the noisy components.
+
+    Raises
+    ------
+    MethodError
+    """
+    parts = parts_of(problem, theta, noise_dim, where)
+    if not parts.spans:
+        raise MethodError(
+            f"{where} needs noise in every direction of the components that have some, and here it reaches fewer: use "
+            "method='likelihood_ratio' for parameters of the drift that push along the noise, or method='pathwise'."
+        )
+    return parts
+
+
 def check_span(problem: Problem, theta: Theta, noise_dim: int, where: str) -> Parts:
     """Raise MethodError if a parameter moves the noisy components of a step out of the span of their noise.
 

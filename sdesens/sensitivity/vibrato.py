@@ -21,13 +21,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sdesens.errors import ArgumentError, MethodError
+from sdesens.errors import ArgumentError
 from sdesens.integrate.chunk import Dynamics
 from sdesens.problem import Problem, Theta
 from sdesens.sde import noise_product
 from sdesens.sensitivity.pathwise import pathwise
 from sdesens.sensitivity.tile import Contributions, Tile
-from sdesens.sensitivity.transition import Parts, increments, log_density, parts_of
+from sdesens.sensitivity.transition import Parts, increments, log_density, reached
 
 
 def vibrato(tile: Tile, theta: Theta, *, draws: int = 4) -> Contributions:
@@ -50,12 +50,7 @@ def vibrato(tile: Tile, theta: Theta, *, draws: int = 4) -> Contributions:
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ArgumentError(f"`draws` must be a positive int, got {draws!r}: 4 is a fair number of pairs a path.")
     theta = {k: v.detach() for k, v in theta.items()}
-    parts = parts_of(tile.problem, theta, tile.noise_dim, "method='vibrato'")
-    if not parts.spans:
-        raise MethodError(
-            "method='vibrato' needs noise in every direction of the noisy components, and here it spans fewer: use "
-            "method='likelihood_ratio' for parameters of the drift that push along the noise."
-        )
+    parts = reached(tile.problem, theta, tile.noise_dim, "method='vibrato'")
     return pathwise(replace(tile, measure=Vibrato(tile.problem, parts, draws)), theta)
 
 

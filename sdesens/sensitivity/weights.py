@@ -25,10 +25,13 @@ parameters, and the noisy components until these are handed over: at step n, L_n
 Reference: K. D. Elworthy, X.-M. Li, J. Funct. Anal. 125 (1994) 252; N. Chen, P. Glasserman, Stoch. Proc. Appl. 117 (2007) 1689.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sdesens.integrate.chunk import Dynamics
 from sdesens.problem import Theta
@@ -96,23 +99,21 @@ def first_order(
     fixed_at : mapping of str to Tensor, optional
         Parameters whose paths are held fixed: the noise is then what takes theta along those, and `log_q` is their density.
     """
-    units, outputs = basis({k: v.detach() for k, v in theta.items()}), tile.outputs
+    outputs, each = tile.outputs, _over_directions(tile)
+    vectors = basis({k: v.detach() for k, v in theta.items()})
+    units = {k: torch.stack([u[k] for u in vectors]) for k in theta}  # (P, *shape)
     dynamics, y, plain = tile.dynamics(theta), tile.start(theta), tile.start({})
-    at_start = [jvp(lambda th: tile.start(th) + 0, (theta,), (unit,))[1] for unit in units]
-    path, tangents = {0: y}, {0: at_start}
-    clean = list(at_start)
-    taken = [torch.zeros_like(y)] * len(units)
+    S = each(lambda unit: jvp(lambda th: tile.start(th) + 0, (theta,), (unit,))[1], units)  # (P, B, *event)
+    path, tangents = {0: y}, {0: S}
     ends, begun = stops(outputs, window), 0
-    if weighted:
+    taken, weights = torch.zeros_like(S), S.new_zeros(S.shape[:2])
+    if weighted and ends:
         assert parts is not None
-        clean = [torch.where(parts.noisy, 0.0, v) for v in at_start]
-        taken = [torch.where(parts.noisy, v / ends[0], 0.0) if ends else v for v in at_start]
-    weights = [y.new_zeros(y.shape[0])] * len(units)
+        taken, S = torch.where(parts.noisy, S / ends[0], 0.0), torch.where(parts.noisy, 0.0, S)
     log_q = y.new_zeros(y.shape[0])
     base, fixed = (None, None) if fixed_at is None else (tile.dynamics(fixed_at), tile.start(fixed_at))
     for chunk in tile.chunks:
-        normals = tile.driver.normals(chunk, tile.count, plain)
-        for k, z in enumerate(normals):
+        for k, z in enumerate(tile.driver.normals(chunk, tile.count, plain)):
             n = chunk.start + k
             if base is not None and fixed is not None:
                 assert parts is not None
@@ -124,41 +125,56 @@ def first_order(
                 assert parts is not None
                 while ends[begun] <= n:
                     begun += 1
-                length = ends[begun] - n
-                y, taken, clean, weights = _weigh(
-                    tile, parts, theta, units, n, y, z, taken, clean, weights, length
-                )  # fmt: skip
+                y, taken, S, gained = _weigh(tile, parts, theta, each, units, n, y, z, taken, S, ends[begun] - n)
+                weights = weights + gained
                 if n + 1 == ends[begun]:
-                    taken = [torch.zeros_like(v) for v in taken]
+                    taken = torch.zeros_like(taken)
             else:
-                y, clean = _carry(tile, theta, units, n, y, z, clean)
+                y, S = _carry(tile, theta, each, units, n, y, z, S)
             if n + 1 in outputs:
-                path[n + 1], tangents[n + 1] = y, clean
-    ys = torch.stack([path[i] for i in outputs])
-    values, rows = tile.values(theta, ys), []
-    for j, unit in enumerate(units):
-        values, row = jvp(tile.values, (theta, ys), (unit, torch.stack([tangents[i][j] for i in outputs])))
-        rows.append(row)
-    return Rows(ys, values, torch.stack(rows, 1), torch.stack(weights, 1), log_q)
+                path[n + 1], tangents[n + 1] = y, S
+    ys, moved_by = torch.stack([path[i] for i in outputs]), torch.stack([tangents[i] for i in outputs], 1)
+    direct = each(lambda unit, dys: jvp(tile.values, (theta, ys), (unit, dys))[1], units, moved_by)
+    return Rows(ys, tile.values(theta, ys), direct.mT, weights.mT, log_q)
 
 
-def _carry(
-    tile: Tile, theta: Theta, units, n: int, y: Tensor, z: Tensor, S: list[Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """A step of the state and of its tangents."""
+def _over_directions(tile: Tile) -> Callable:
+    """A function of one direction applied to all, stacked along axis 0: by vmap, or one by one."""
+
+    def each(function: Callable, *stacked):
+        if tile.vectorised:
+            return vmap(function)(*stacked)
+        count = len(tree_leaves(stacked)[0])
+        rows = [function(*tree_map(lambda x, i=i: x[i], stacked)) for i in range(count)]
+        return tree_map(lambda *parts: torch.stack(parts), *rows)
+
+    return each
+
+
+def _carry(tile: Tile, theta: Theta, each: Callable, units: Theta, n: int, y: Tensor, z: Tensor, S: Tensor):
+    """A step of the state and of its tangents (P, B, *event)."""
 
     def step(th: Theta, y: Tensor) -> Tensor:
         drift, s = increments(tile.dynamics(th), n, y)
         return y + drift + noise_product(tile.problem.sde, s, z)
 
-    pairs = [jvp(step, (theta, y), (unit, v)) for unit, v in zip(units, S, strict=True)]
-    return pairs[0][0], [moved for _, moved in pairs]
+    return step(theta, y), each(lambda unit, v: jvp(step, (theta, y), (unit, v))[1], units, S)
 
 
 def _weigh(
-    tile: Tile, parts: Parts, theta: Theta, units, n: int, y: Tensor, z: Tensor, taken, clean, weights, length: int
+    tile: Tile,
+    parts: Parts,
+    theta: Theta,
+    each: Callable,
+    units: Theta,
+    n: int,
+    y: Tensor,
+    z: Tensor,
+    taken: Tensor,
+    clean: Tensor,
+    length: int,
 ):
-    """A step of equations (1) and (2): state, V of each direction, clean components' tangents, weights.
+    """A step of equations (1) and (2): state, V and clean components' tangents (P, B, *event), and weights (P, B).
 
     A clean component moves with the parameters, and with the share of the noisy ones that is still to be handed over.
     """
@@ -169,20 +185,19 @@ def _weigh(
 
     drift, s = law(theta, y)
     inverse, alive = right_inverse(parts, s)
-    still = {k: torch.zeros_like(v) for k, v in units[0].items()}
-    moved, cleaned, weighed = [], [], []
-    for unit, V, T, w in zip(units, taken, clean, weights, strict=True):
+    still = {k: torch.zeros_like(v) for k, v in theta.items()}
+
+    def along(unit: Theta, V: Tensor, T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         drift_y, s_y = jvp(law, (theta, y), (still, V))[1]
         drift_p, s_p = jvp(law, (theta, y), (unit, T))[1]
         turned = s_y + s_p / length
         V = V + torch.where(parts.noisy, drift_y, 0.0) + noise_product(sde, turned, z)
         u = V + torch.where(parts.noisy, drift_p, 0.0)
-        gain = _contract(parts, inverse, u, turned, z)
         pushed = ((u != 0) & parts.noisy).flatten(1).any(1) | (turned != 0).flatten(1).any(1)
-        weighed.append(w + torch.where(alive, gain, torch.where(pushed, torch.nan, 0.0)))
-        moved.append(V)
-        cleaned.append(T + torch.where(parts.noisy, 0.0, drift_p + length * drift_y))
-    return y + drift + noise_product(sde, s, z), moved, cleaned, weighed
+        gain = torch.where(alive, _contract(parts, inverse, u, turned, z), torch.where(pushed, torch.nan, 0.0))
+        return V, T + torch.where(parts.noisy, 0.0, drift_p + length * drift_y), gain
+
+    return y + drift + noise_product(sde, s, z), *each(along, units, taken, clean)
 
 
 def _contract(parts: Parts, inverse: Tensor, u: Tensor, turned: Tensor, z: Tensor) -> Tensor:
