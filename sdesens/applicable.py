@@ -22,17 +22,16 @@ import torch
 from torch import Tensor
 
 from sdesens.audit import Audit, look
-from sdesens.errors import HighVarianceWarning, JumpError, JumpWarning, MethodError, SdesensError
+from sdesens.errors import HighVarianceWarning, JumpError, JumpWarning, SdesensError
 from sdesens.integrate import euler
 from sdesens.noise import Noise, Philox
 from sdesens.problem import Problem, Theta
 from sdesens.sde import SDE, Params
 from sdesens.sensitivity import SMOOTHED
 from sdesens.sensitivity.conditional import smoothed
-from sdesens.sensitivity.malliavin import reached
 from sdesens.sensitivity.probe import check_problem
 from sdesens.sensitivity.tile import Tile
-from sdesens.sensitivity.transition import Parts, check_span, parts_of
+from sdesens.sensitivity.transition import Parts, check_span, parts_of, reached
 
 ALONG = ("pathwise", "forward", "adjoint", "torchsde_adjoint")  # these differentiate F itself along the path
 AUDIT = ("warn", "allow", False)
@@ -107,11 +106,6 @@ def _anything(case: Case) -> None:
     pass
 
 
-def _without_gaps(case: Case) -> None:
-    if not parts_of(case.problem, case.theta, case.noise_dim, "method='vibrato'").spans:
-        raise MethodError("method='vibrato' needs noise in every direction of the noisy components.")
-
-
 def _attached(case: Case) -> None:
     check_problem(case.problem, case.theta)
 
@@ -120,8 +114,8 @@ STRUCTURE: dict[str, Callable[[Case], Any]] = {
     "pathwise": _attached,
     "forward": _attached,
     "conditional": lambda case: smoothed(case.problem, case.theta, case.noise_dim),
-    "vibrato": _without_gaps,
-    "malliavin": lambda case: reached(case.pilot(), case.theta, None),
+    "vibrato": lambda case: reached(case.problem, case.theta, case.noise_dim, "method='vibrato'"),
+    "malliavin": lambda case: reached(case.problem, case.theta, case.noise_dim, "method='malliavin'"),
     "likelihood_ratio": lambda case: check_span(
         case.problem, case.theta, case.noise_dim, "method='likelihood_ratio'"
     ),

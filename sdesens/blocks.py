@@ -51,6 +51,7 @@ class Run:
     theta: dict[str, Tensor]
     noise: Noise
     fine_noise: Noise | None  # a source for 2 n_steps, if the bias is wanted
+    order: float  # weak order that the bias is estimated with
     first: int
     n_paths: int
     group: int
@@ -76,8 +77,9 @@ class Run:
         if self.fine_noise is not None:
             coarse = self._contributions(self.problem, Coarsened(self.fine_noise, 2), start, end)
             fine = self._contributions(self.problem.with_steps(2 * self.problem.n_steps), self.fine_noise, start, end)
+            whole = 2.0**self.order / (2.0**self.order - 1.0)  # of the bias, over its part that halving takes off
             gaps = [
-                (first, size, {k: 2.0 * (c[k] - f[k]) for k in c})
+                (first, size, {k: whole * (c[k] - f[k]) for k in c})
                 for (first, size, c), (_, _, f) in zip(coarse, fine, strict=True)
             ]
         unit = self.noise.unit

@@ -123,7 +123,7 @@ def sensitivity(
     seed: int | None = None,
     noise: Noise | None = None,
     first_path: int = 0,
-    bias: bool = False,
+    bias: bool | float = False,
     executor: Executor | None = None,
     progress: bool | None = None,
     tile_paths: int | None = None,
@@ -153,9 +153,10 @@ def sensitivity(
         Instead of `seed`: Antithetic(Philox(seed)), GivenNoise(z, weights), ...
     first_path : int
         Index of the first path. Runs that start at multiples of 10,000 can be merged to the same bits as one run.
-    bias : bool
+    bias : bool or float
         Estimate the discretisation bias too, from coupled runs with n_steps and 2 n_steps on the same Brownian paths; three
-        times the work on top. With weak order 1, bias = 2 (G_h - G_{h/2}).
+        times the work on top. For weak order a, bias = 2^a / (2^a - 1) (G_h - G_{h/2}): a = 1 if True, or the number given, for
+        schemes whose order is lower (square roots near zero).
     executor : concurrent.futures.Executor, optional
         Maps over blocks. A process pool needs a problem that pickles: functions of a module, not lambdas.
     progress : bool, optional
@@ -341,6 +342,10 @@ def _prepare(
     check_options("sensitivity", sensitivity, method, METHODS.get(method), options)
     source = noise_source(problem, seed, noise)
     check_units(source, n_paths, first_path)
+    if not isinstance(bias, bool | int | float) or not 0 <= bias <= 8:
+        raise ArgumentError(
+            f"`bias` must be True, False or a weak order, a number above 0 and at most 8, got {bias!r}."
+        )
     if bias and source.n_steps is not None:
         raise ArgumentError("`bias` runs n_steps and 2 n_steps, so it needs noise for any grid, such as Philox(seed).")
     theta = problem.leaves(wrt)
@@ -370,7 +375,7 @@ def make_run(
     tile_paths: int | None = None,
     compiled: bool = False,
     copies: int = 1,
-    bias: bool = False,
+    bias: bool | float = False,
 ) -> Run:
     """A run of a method that is settled; `copies` is how many states' worth of numbers it carries a path."""
     problem, source, n_paths = case.problem, case.noise, case.n_paths
@@ -388,7 +393,7 @@ def make_run(
         tile = tile if tile < BLOCK else tile // BLOCK * BLOCK
     fine = independent(source) if bias else None  # so that value and bias have independent errors
     return Run(
-        problem, method, compute, case.theta, source, fine, first_path, n_paths, group, tile, case.noise_dim,
+        problem, method, compute, case.theta, source, fine, float(bias), first_path, n_paths, group, tile, case.noise_dim,
         case.vectorised, weighted, compiled, options,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PAIR = 2  # an antithetic pair tells as much as a path
 KEPT = 100  # of the largest units of a block
 SHARE, LEAST, SHORTEST = 0.002, 25, 5_000  # of single paths: part that is tail, at least so many, of at least so many
 GROUPS_SHARE, GROUPS_LEAST, GROUPS_SHORTEST = 0.02, 20, 400  # the same of groups
@@ -56,8 +57,8 @@ class Tail:
 
     @property
     def heavy(self) -> bool:
-        """Whether the variance looks infinite: an index of 2 is within a standard deviation, or above what is found."""
-        return self.index - self.deviation < 2.0
+        """Whether the variance looks infinite. Of groups, which hide a tail, an index of 2 within a deviation is enough."""
+        return self.index - (self.deviation if self.size > PAIR else 0.0) < 2.0
 
     def to_dict(self) -> dict:
         """Plain numbers."""
@@ -90,9 +91,7 @@ def tail(blocks: Iterable[Largest]) -> Tail | None:
     size = max((b.size for b in found), default=1)
     found = [b for b in found if b.size == size]
     units = sum(b.units for b in found)
-    share, least, shortest = (
-        (SHARE, LEAST, SHORTEST) if size <= 2 else (GROUPS_SHARE, GROUPS_LEAST, GROUPS_SHORTEST)
-    )  # an antithetic pair tells as much as a path
+    share, least, shortest = (SHARE, LEAST, SHORTEST) if size <= PAIR else (GROUPS_SHARE, GROUPS_LEAST, GROUPS_SHORTEST)
     if units < shortest:
         return None
     k = max(int(share * units), least)
