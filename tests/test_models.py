@@ -17,7 +17,7 @@ from scipy import integrate, linalg, stats
 from sdesens import GivenNoise, Philox, ZeroGradientWarning, sdeint, sensitivity
 from sdesens.errors import ArgumentError, MethodError
 from sdesens.functionals import Moment
-from sdesens.last_step import normal_moment, positive_sqrt
+from sdesens.functionals.last_step import normal_moment, positive_sqrt
 from sdesens.models import (
     MODELS,
     Known,

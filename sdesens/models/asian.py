@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError
 from sdesens.functionals import Discount, GeometricAsianCall
-from sdesens.last_step import lognormal_option
+from sdesens.functionals.last_step import lognormal_option
 from sdesens.models.black_scholes import log_diffusion, log_drift, log_initial, rate
 from sdesens.models.known import Known, parameters
 from sdesens.problem import Problem

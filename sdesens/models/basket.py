@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sdesens.functionals import BasketCall, Discount
-from sdesens.last_step import lognormal_option
+from sdesens.functionals.last_step import lognormal_option
 from sdesens.models.black_scholes import rate
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.problem import Problem

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sdesens.functionals import Moment
-from sdesens.last_step import normal_moment
+from sdesens.functionals.last_step import normal_moment
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.problem import Problem
 from sdesens.sde import SDE, Params

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError
 from sdesens.functionals import Discount, Functional, Laplace, Moment
-from sdesens.last_step import positive_sqrt
+from sdesens.functionals.last_step import positive_sqrt
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.models.vasicek import initial
 from sdesens.problem import Problem

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdesens.functionals import Moment
-from sdesens.last_step import normal_moment
+from sdesens.functionals.last_step import normal_moment
 from sdesens.models.brownian import initial
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.problem import Problem

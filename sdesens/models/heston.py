@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sdesens.functionals import Call, Discount
-from sdesens.last_step import positive_sqrt
+from sdesens.functionals.last_step import positive_sqrt
 from sdesens.models.black_scholes import rate
 from sdesens.models.known import Known, horizon, parameters
 from sdesens.problem import Problem
