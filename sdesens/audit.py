@@ -12,8 +12,10 @@ and `sdesens.zoom` finds how rough each is at its roughest. Nothing in the user'
     jump     it exists on almost every path and misses the jump: for a digital option it is silently zero
 
 Every (path, e) is a row with a copy of theta, and one pass solves all rows of a stage at once, by vmap. A row costs about
-what a path costs in a plain run. What is not looked at: other directions, larger moves, second derivatives.
-References: P. Glasserman, Monte Carlo Methods in Financial Engineering, 2003, section 7.2.
+what a path costs in a plain run. Where that cannot be done, or theta is too large to be copied, all paths move together
+and less is seen. What is not looked at: other directions, larger moves, numbers that change by less than 1e-5 of F's spread.
+
+Reference: P. Glasserman, Monte Carlo Methods in Financial Engineering, 2003, section 7.2.
 """
 
 import math
@@ -27,13 +29,11 @@ from torch.func import vmap
 
 from sdesens.errors import ArgumentError, ArgumentTypeError, SdesensError
 from sdesens.integrate.chunk import Dynamics, advance, chunk_length, plan
-from sdesens.jumps import LARGEST as FARTHEST
-from sdesens.jumps import jumps
 from sdesens.noise import Held, Noise, Philox
 from sdesens.problem import Problem, Theta
 from sdesens.sensitivity.probe import check_problem
 from sdesens.sensitivity.tile import HELD_BYTES, Tile
-from sdesens.zoom import KINDS, SINGULAR, Finding, examine, paths_looked_at
+from sdesens.zoom import KINDS, SINGULAR, SURVEYED, Finding, examine, paths_looked_at, survey
 
 STREAM, DIRECTIONS = 0xFFFFFFFD, 0xFFFFFFFC  # of noise and of directions, away from any stream that a run uses
 LEAST_ROWS = 1000  # of a pass: fewer see nothing
@@ -42,9 +42,9 @@ LARGEST = 0.12  # part of a parameter's own size that the interval moves it by, 
 TRIAL, TRIED = 0.03, 800  # the same where the movement is measured, and paths for that
 NUMBERS = 2**23  # of one kind at once: longer passes are cut up
 COPIED = 2**22  # numbers of the parameters, one copy a row, in a pass
-TURNS, SHARED = 4, 2  # directions, that paths take in turn; and where all paths have to share one
-STEPPED = 8  # parts of a pass that one run takes where they do, for there are more runs
-CROSSING = 16  # paths that such a run must see at a spot, or a few kinks might look like jumps
+TURNS = 4  # directions, that paths take in turn
+DROWNED = 5.0  # times the least section of the best direction, beyond which another is left out
+PASSES = 6  # what all may cost
 # what a function may raise at parameters that it does not like
 USER = (SdesensError, ValueError, RuntimeError, ArithmeticError)
 
@@ -174,7 +174,7 @@ def look(
                 refused = str(error)
         if found is None:
             try:
-                found = _stepped(asked, n_paths // STEPPED)
+                found = _surveyed(asked, PASSES * n_paths // (SURVEYED + 2))
             except USER as error:
                 found = _refused(str(error) or refused)
     return _with_declared(found, problem) if evaluate is None else found
@@ -283,6 +283,10 @@ class _Asked:
         z = self.noise.normals(0, count, 0, n_steps, self.noise_dim, dtype=y.dtype, device=y.device)
         return Held(self.noise, z, 0)
 
+    def finest(self, reach: "_Reach") -> float:
+        """The least part of a direction that is not lost in rounding: of the parameters, and of the states step by step."""
+        return self.unit * (8 + 4 * math.sqrt(self.problem.n_steps)) / min(reach.scale, reach.relative)
+
 
 def _moves(v: Tensor, source: Noise, i: int) -> Tensor:
     z = source.normals(i, 1, 0, TURNS * v.numel(), 1, dtype=torch.float64, device=v.device).reshape(TURNS, *v.shape)
@@ -332,71 +336,61 @@ class _Reach:
 def _zoomed(asked: _Asked, rows: int) -> Audit:
     """By `examine`: each row has parameters of its own."""
     q, n = asked, paths_looked_at(rows)
-    tried = min(TRIED, n)
-    noise, directions, paths = q.held(n), q.directions(), torch.arange(tried)
+    noise, directions, tried = q.held(n), q.directions(), min(TRIED, n)
+    paths = torch.arange(tried)
     at = [moved(q.theta, directions, torch.full((tried,), e), paths) for e in (0.0, TRIAL)]
     here, there = (states(q.problem, rows, noise, q.noise_dim, paths) for rows in at)
     reach = [_Reach.of(here[:, g::TURNS], there[:, g::TURNS]) for g in range(TURNS)]
+    # a direction whose moves cancel would drown in rounding; the best takes its place
+    best = min(range(TURNS), key=lambda g: q.finest(reach[g]))
+    chosen = [g if q.finest(reach[g]) <= DROWNED * q.finest(reach[best]) else best for g in range(TURNS)]
+    reach = [reach[g] for g in chosen]
     scale = torch.tensor([r.scale for r in reach], dtype=torch.float64)
-    directions = {k: u * scale.to(u.device).view(-1, *[1] * (u.dim() - 1)) for k, u in directions.items()}
+    directions = {k: u[chosen] * scale.to(u.device).view(-1, *[1] * (u.dim() - 1)) for k, u in directions.items()}
     F = rows_function(q.problem, q.theta, directions, noise, q.noise_dim, evaluate=q.evaluate)
-    found = examine(
-        F,
-        rows=rows,
-        unit=q.unit,
-        finest=q.unit * (8 + 4 * math.sqrt(q.problem.n_steps)) / min(min(r.scale, r.relative) for r in reach),
-        speed=torch.tensor([r.speed for r in reach])[torch.arange(n) % TURNS],
-    )
-    return Audit(
-        found.kind, found.steep, found.exponent, found.passes + 1, found.rows + 2 * tried, found.share,
-        _sentence(found, q.theta),
-    )  # fmt: skip
+    speed = torch.tensor([r.speed for r in reach])[torch.arange(n) % TURNS]
+    found = examine(F, rows=rows, unit=q.unit, finest=max(q.finest(r) for r in reach), speed=speed)
+    return _audit(found, q.theta, 1, 2 * tried)
 
 
-def _stepped(asked: _Asked, count: int) -> Audit:
-    """By `jumps`: all paths share their parameters, so there is no zooming in on each."""
-    q, directions, runs = asked, asked.directions(), 0
-    tile = Tile(q.problem, q.held(count), 0, count, count, q.noise_dim)
+def _surveyed(asked: _Asked, count: int) -> Audit:
+    """By `survey`: all paths share their parameters, so there is no zooming in on each."""
+    q = asked
+    directions, tile = q.directions(), Tile(q.problem, q.held(count), 0, count, count, q.noise_dim)
 
-    def at(e: float, g: int) -> dict[str, Tensor]:
-        nonlocal runs
-        runs += 1
-        place, path = torch.tensor([e], dtype=torch.float64), torch.tensor([g])
-        return {k: v[0] for k, v in moved(q.theta, directions, place, path).items()}
+    def at(e: float) -> dict[str, Tensor]:
+        place, first = torch.tensor([e], dtype=torch.float64), torch.tensor([0])
+        return {k: v[0] for k, v in moved(q.theta, directions, place, first).items()}
 
-    def F(e: float, g: int) -> Tensor:
-        theta = at(e * scale[g], g)
+    def F(e: float) -> Tensor:
+        theta = at(e * reach.scale)
         ys = tile.paths(theta)
         return tile.values(theta, ys) if q.evaluate is None else q.evaluate(ys, here, theta)
 
-    here = tile.paths(at(0.0, 0))
-    # `jumps` begins with its LARGEST to either side
-    scale = [_Reach.of(here, tile.paths(at(TRIAL, g))).scale / (2 * FARTHEST) for g in range(SHARED)]
-    base = F(0.0, 0)
-    if not bool(torch.isfinite(base).any()):
-        return _refused("not finite on any path")
-    jumping = any(jumps(lambda e, g=g: F(e, g), few=CROSSING) for g in range(SHARED))
-    along = _along(q.theta)
-    if jumping:
-        kind, reason = "jump", f"it jumps {along}: a pathwise derivative misses that"
-    elif not torch.equal(F(FARTHEST, 0), base):
-        kind, reason = "kink", f"no jump is seen {along}; kinks are not looked for where paths cannot be vectorised"
-    else:
-        kind, reason = _still(float(base.max() - base.min()), q.theta)
-    return Audit(kind, False, math.nan, runs, runs * count, math.nan, reason)
+    here = tile.paths(at(0.0))
+    reach = _Reach.of(here, tile.paths(at(TRIAL)))
+    return _audit(survey(F, unit=q.unit, finest=q.finest(reach), speed=reach.speed), q.theta, 2, 2 * count)
 
 
-def _still(spread: float, theta: Theta) -> tuple[str, str]:
-    """Kind and reason where F does not change at all: many numbers that never change may be steps that no path takes."""
-    if spread == 0:
-        return "smooth", f"it is constant {_along(theta)}"
-    return "unknown", f"no path changes it {_along(theta)}: it does not depend on that, or by jumps too rare to be seen"
+def _audit(found: Finding, theta: Theta, passes: int, rows: int) -> Audit:
+    """What is found, and what finding out how far to go has cost."""
+    return Audit(
+        found.kind,
+        found.steep,
+        found.exponent,
+        found.passes + passes,
+        found.rows + rows,
+        found.share,
+        _sentence(found, theta),
+    )
 
 
 def _sentence(found: Finding, theta: Theta) -> str:
     along = _along(theta)
+    if found.still and found.spread > 0:  # many numbers that never change may be steps that no path takes
+        return f"no path changes it {along}: it does not depend on that, or by jumps too rare to be seen"
     if found.still:
-        return _still(found.spread, theta)[1]
+        return f"it is constant {along}"
     on = f"{along} on {found.share:.2g} of the paths"
     steep = ", so steeply that the pathwise derivative varies much from path to path" if found.steep else ""
     if found.kind == "unknown":
@@ -419,8 +413,8 @@ def _refused(why: str) -> Audit:
 
 def _with_declared(seen: Audit, problem: Problem) -> Audit:
     """The worse of what is seen and what the functional says of itself."""
-    declared = getattr(problem.functional, "kind", None)
-    if declared not in KINDS or (seen.kind in KINDS and KINDS.index(seen.kind) >= KINDS.index(declared)):
+    order, declared = ("smooth", "kink", "unknown", "jump"), getattr(problem.functional, "kind", None)
+    if declared not in KINDS or order.index(seen.kind) >= order.index(declared):
         return seen
     return replace(seen, kind=declared, reason=f"it declares a {declared}; seen: {seen.kind}, {seen.reason}")
 

@@ -23,19 +23,17 @@ from torch import Tensor
 # steps that are always tried; odd numbers, for a step that is a whole number of roundings would see none
 LARGEST, SMALLEST, RATIO = 0.0371931, 0.0005, 4.0
 FINEST = 2e-6  # below it, numbers that are rounded to float32 somewhere would look like jumps
-FEW = 4  # the least that `few` may be where there are thousands of draws
+FEW = 4  # paths that must contribute for a step to be usable
 ROUNDING = 16.0  # units of rounding of F below which a difference is not looked at
 
 
-def jumps(F: Callable[[float], Tensor], *, few: int = FEW) -> bool:
+def jumps(F: Callable[[float], Tensor]) -> bool:
     """Whether F jumps near 0 on some paths.
 
     Parameters
     ----------
     F : callable float -> Tensor, shape (n,)
         Every path's number at a place along the direction, in units in which 1 is a large move. The same noise at all places.
-    few : int
-        Paths that must contribute for a step to be usable.
 
     Returns
     -------
@@ -57,7 +55,7 @@ def jumps(F: Callable[[float], Tensor], *, few: int = FEW) -> bool:
             d = (F(e).double() - 2 * here + F(-e).double()).abs()
             d = torch.where(torch.isfinite(d) & (d > floor), d, 0.0)
             first, second = float(d.sum()), float(d.square().sum())
-            if second > 0 and first**2 / second >= few:
+            if second > 0 and first**2 / second >= FEW:
                 usable.append((e, second / first, first**2 / second / len(d)))
             e /= RATIO
         while len(usable) > 1 and usable[-1][2] > 3 * usable[-2][2]:

@@ -12,7 +12,7 @@ say how rough it is at that scale: D ~ delta^a with
 The largest deviation is followed: the three sections about it (a kink in the middle of a section shows beside it) are cut
 into K new ones, and so on. Each stage divides delta by K / 3, and what is left in the end is one spot of each path. No
 statistics are needed: at that spot a jump deviates by all its size at every scale, and stands alone, while what is smooth
-deviates everywhere alike. A function that jumps at coarse scales and is smooth at the finest is steep.
+deviates everywhere alike. What deviates much at the first look, and is neither in the end, is steep.
 
 This file knows nothing of SDEs.
 """
@@ -34,13 +34,15 @@ LEAST = 1e-5  # of the spread of F: what is smaller is no spot, or numbers round
 ALONE = 8.0  # times the median deviation of its stage that a lone spot deviates by: rounding makes 3 to 6
 JUMP, SINGULAR, KINK = 0.15, 0.75, 1.65  # exponents below which a lone spot is a jump, a singularity, a kink
 TURN = 0.6  # by which the exponent of a kink does not rise from stage to stage
-STEEP = 4.0  # spreads of F per spread of what F is computed from, a change at which F is steep
+STEEP = 3.0  # spreads of F per spread of what F is computed from, a change at which F is steep
 WIDE = 3  # sections taken together, to see how deviations fall within a stage
 SAFETY = 8.0  # times the deviations that rounding is seen to make, that are not looked at
 ENOUGH = 3  # steep paths that make F steep
 # One path that jumps or kinks is proof, if not many more have spots that are like it and less: the exponents of
 # singularities scatter, and rounding makes resolved spots look like kinks
-JUMPS_PER_SINGULAR, KINKS_PER_RESOLVED = 0.25, 0.03
+JUMPS_PER_SINGULAR, KINKS_PER_RESOLVED = 0.25, 0.1
+GRID, CLOSER = EACH - 3, 6  # sections of a survey's grids, and how much finer the second is
+SURVEYED = 2 * EACH + 6  # places that a survey looks at
 CLASSES = 24  # of size of the first deviation, half a decade each, from which paths are taken alike
 
 Paths = Callable[[Tensor, Tensor], Tensor]
@@ -55,7 +57,7 @@ class Finding:
     kind : {"smooth", "kink", "jump", "unknown"}
         "unknown" where F is finite on no path, or rounding hides everything.
     steep : bool
-        Continuous at the finest sections, but jump-like at the coarse ones.
+        Besides its jumps and kinks F changes by STEEP of its spreads, or more, over one spread of what it is computed from.
     exponent : float
         a of equation (2), the median over the paths that decide; NaN where F does not deviate from straight lines.
     share : float
@@ -112,6 +114,28 @@ def examine(
     """
     with torch.no_grad():
         return _verdict(*_zoom(F, rows, unit, finest), speed)
+
+
+def survey(F: Callable[[float], Tensor], *, unit: float = 2.0**-52, finest: float = 0.0, speed: float = 0.2) -> Finding:
+    """As `examine`, where all paths have to be at one place: two grids, the second where most paths seem to jump.
+
+    Of a jump that few paths see less is known, and what is steep within a thousandth of the interval is taken for a jump.
+
+    Parameters
+    ----------
+    F : callable float -> Tensor, shape (n,)
+        Values of all paths at a place; called at most SURVEYED times.
+    unit, finest, speed
+        See `examine`.
+
+    Example
+    -------
+    >>> z = torch.linspace(-2, 2, 1001, dtype=torch.float64)
+    >>> [survey(lambda e, f=f: f(z + e)).kind for f in (torch.sin, torch.relu, torch.round)]
+    ['smooth', 'kink', 'jump']
+    """
+    with torch.no_grad():
+        return _surveyed(F, unit, finest, speed)
 
 
 def paths_looked_at(rows: int) -> int:
@@ -176,7 +200,7 @@ def _zoom(F: Paths, rows: int, unit: float, finest: float) -> tuple[_Spots | Non
         return None, False, passes, cost
     dev = torch.where(sound[:, None], _deviations(values), 0.0)
     kept, weight = _of_every_size(dev.amax(1), max(rows // EACH, 1))
-    noise = _deviations(close.unflatten(1, (2, 6))).nan_to_num(0, 0, 0).amax((1, 2)).quantile(0.99)
+    noise = _deviations(close.unflatten(1, (2, 6))).nan_to_num(0, 0, 0).amax((1, 2)).quantile(0.9)
     rounding = SAFETY * (noise + 2 * unit * values[kept].abs().amax(1).nan_to_num(0, 0, 0))
     spread, still = float(values[sound].std()), bool((values[sound].diff() == 0).all())
     off = (values[kept].mean(1) - values[sound].mean()).abs()
@@ -245,13 +269,15 @@ def _verdict(spots: _Spots | None, still: bool, passes: int, rows: int, speed: T
 
     end = len(D) - 1
     before, after, two = (last - 1).clamp(min=0), (last + 1).clamp(max=end), (last - 2).clamp(min=0)
-    step, drop, longer = slope(before, last), slope(last, after), slope(two, last)
+    step, drop = slope(before, last), slope(last, after)
     within = (spots.wide[last, n] / D[last, n].clamp(min=1e-300)).log() / math.log(WIDE)
+    longer = torch.where(last > 1, slope(two, last), (step + within) / 2)
     # a steep slope looks like a jump until it is resolved, and in between for a moment like anything
     turning = (last > 1) & (step - slope(two, before) > TURN)
     resolved = (last > 0) & ((within > KINK) | ((last < end) & (drop > KINK)))
-    # beyond its last stage a lone spot sinks below what is visible
-    spot = (last > 0) & ~resolved & ~turning & ((last == end) | (D[after, n] <= visible))
+    # a spot is alone from the first zoom on, and beyond its last stage it sinks below what is visible
+    always = (lone | (stages == 0) | (stages > last)).all(0)
+    spot = (last > 0) & always & ~resolved & ~turning & ((last == end) | (D[after, n] <= visible))
     jump = spot & (last == end) & (torch.stack((step, within, longer)).amax(0) < JUMP)
     kink = spot & ~jump & (longer >= JUMP)
     usual = torch.clamp(spots.off, min=spots.spread) * spots.delta[0]
@@ -269,3 +295,67 @@ def _verdict(spots: _Spots | None, still: bool, passes: int, rows: int, speed: T
     bent = D[0] > torch.maximum(visible, 1e3 * spots.rounding)
     first = slope(torch.zeros_like(last), torch.ones_like(last))[bent]
     return found("smooth", steep, float(first.median()) if len(first) else math.nan)
+
+
+def _surveyed(F: Callable[[float], Tensor], unit: float, finest: float, speed: float) -> Finding:
+    passes = cost = 0
+
+    def ask(x: Tensor) -> Tensor:
+        """Values (n, points)."""
+        nonlocal passes, cost
+        values = torch.stack([F(float(e)).to("cpu", torch.float64) for e in x], 1)
+        passes, cost = passes + len(x), cost + values.numel()
+        return values
+
+    def found(kind: str, steep=False, exponent=math.nan, share=0.0, size=math.nan, still=False, spread=math.nan):
+        return Finding(kind, steep, exponent, share, size, still, spread, passes, cost)
+
+    # nothing of interest is to lie on the grid
+    low, delta = -0.5 - 0.1 * GOLDEN / GRID, 1 / GRID
+    values = ask(low + delta * torch.arange(-1, GRID + 2))
+    sound = torch.isfinite(values).all(1)
+    if not bool(sound.any()) or finest > delta:
+        return found("unknown")
+    values = values[sound]
+    spread, still = float(values.std()), bool((values.diff() == 0).all())
+    dev = _deviations(values)
+    close = _deviations(ask(low + 100 * unit * torch.arange(6))).nan_to_num(0, 0, 0)
+    rounding = SAFETY * (close.amax(1).quantile(0.9) + 2 * unit * values.abs().amax(1))
+    if rounding.median() > 0.01 * spread > 0 or (still and spread > 0):
+        return found("unknown", still=still, spread=spread)
+    visible = rounding.clamp(min=LEAST * spread)
+    D, within, lone = _at_one_scale(values, visible)
+    usual = torch.clamp((values.mean(1) - values.mean()).abs(), min=spread) * speed / FIRST
+    abrupt = lone & (within < JUMP)
+    kink = lone & ~abrupt & (within < KINK)
+    coarse = _deviations(values[:, :: EACH // 3]).amax(1)
+    steep = ~kink & ~abrupt & (coarse > STEEP * usual)
+    share = 1 / len(sound)
+    if bool(abrupt.any()):
+        spot = dev.argmax(1)
+        most = int(spot[abrupt].bincount().argmax())
+        there = abrupt & ((spot - most).abs() <= 1)
+        finer = max(delta / CLOSER, finest)
+        begin = low + (most + 0.5) * delta - GRID / 2 * finer
+        closer = ask(begin + finer * torch.arange(-1, GRID + 2))[sound]
+        D2, within2, lone2 = _at_one_scale(closer, visible)
+        fallen = (D / D2.clamp(min=1e-300)).log() / math.log(delta / finer)
+        jump = there & lone2 & (torch.maximum(within2, fallen) < JUMP)
+        if bool(jump.any()):
+            size = float(D2[jump].median())
+            return found("jump", False, float(fallen[jump].median()), float(abrupt.sum()) * share, size, spread=spread)
+        steep |= abrupt
+    many = int(steep.sum()) >= ENOUGH
+    if int(kink.sum()) >= max(1.0, KINKS_PER_RESOLVED * float((lone & (within >= KINK)).sum())):
+        return found("kink", many, float(within[kink].median()), float(kink.sum()) * share, spread=spread)
+    bent = dev.amax(1) > visible.clamp(min=float(rounding.amax()))
+    exponent = float(within[bent].median()) if bool(bent.any()) else math.nan
+    return found("smooth", many, exponent, still=still, spread=spread)
+
+
+def _at_one_scale(values: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest deviations of values (n, points), their exponents from WIDE sections to one, and whether they stand alone."""
+    dev = _deviations(values)
+    D = dev.amax(1)
+    within = (_deviations(values[:, ::WIDE]).amax(1) / D.clamp(min=1e-300)).log() / math.log(WIDE)
+    return D, within, (visible < D) & (ALONE * dev.median(1).values < D)

@@ -14,16 +14,21 @@ MAY_IMPORT = {
     "sde": {"errors", "tensors"},
     "rewrite": {"errors", "tensors", "sde"},
     "problem": {"errors", "tensors", "sde"},
-    "functionals": {"errors", "tensors", "sde"},
+    "functionals": {"errors", "tensors", "sde", "last_step"},
     "integrate": {"errors", "tensors", "noise", "sde", "rewrite", "problem"},
     "sensitivity": {"errors", "tensors", "noise", "sde", "rewrite", "problem", "integrate"},
     "estimate": {"errors", "tensors"},
-    "blocks": {"errors", "tensors", "noise", "sde", "problem", "integrate", "sensitivity", "estimate"},
-    "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals"},
+    "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals", "last_step"},
 }
-MAY_IMPORT["memory"] = MAY_IMPORT["audit"] = MAY_IMPORT["tables"] = set()
-MAY_IMPORT["estimators"] = MAY_IMPORT["blocks"] | {"audit", "tables"}
-MAY_IMPORT["montecarlo"] = MAY_IMPORT["blocks"] | {"blocks"}
+for alone in ("memory", "tables", "jumps", "zoom", "tails", "last_step"):  # these know nothing of SDEs
+    MAY_IMPORT[alone] = set()
+MAY_IMPORT["audit"] = MAY_IMPORT["sensitivity"] | {"sensitivity", "zoom"}
+MAY_IMPORT["applicable"] = MAY_IMPORT["audit"] | {"audit"}
+MAY_IMPORT["auto"] = MAY_IMPORT["applicable"] | {"applicable"}
+MAY_IMPORT["blocks"] = MAY_IMPORT["sensitivity"] | {"sensitivity", "estimate", "tails"}
+MAY_IMPORT["estimators"] = MAY_IMPORT["blocks"] | {"jumps", "tables"}
+MAY_IMPORT["montecarlo"] = MAY_IMPORT["blocks"] | MAY_IMPORT["auto"] | {"blocks", "auto"}
+MAY_IMPORT["hessian"] = MAY_IMPORT["montecarlo"] | {"montecarlo"}
 MAY_IMPORT["refinement"] = MAY_IMPORT["montecarlo"]
 MAY_IMPORT["verdict"] = MAY_IMPORT["montecarlo"] | {"montecarlo", "refinement"}
 MAY_IMPORT["crosscheck"] = MAY_IMPORT["verdict"] | {"verdict", "memory", "tables"}
