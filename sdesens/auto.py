@@ -123,9 +123,11 @@ def _work(case: Case, method: str, candidate: Candidate, count: int, tried: dict
     tile = case.pilot(count // group * group, group)
     try:
         if method not in options:
-            settle = candidate.settle
-            options[method] = {} if settle is None else settle(case.pilot(FIRST), case.theta, {})
-            candidate.compute(case.pilot(2 * group, group), case.theta, **options[method])  # the first call costs more
+            options[method] = {}
+            if candidate.settle is not None:
+                options[method] = candidate.settle(case.pilot(FIRST), case.theta, {})
+            else:  # the first call costs more
+                candidate.compute(case.pilot(2 * group, group), case.theta)
         began = time.perf_counter()
         found = candidate.compute(tile, case.theta, **options[method])
         seconds = time.perf_counter() - began

@@ -554,3 +554,33 @@ def test_barrier_by_its_bridge_is_the_continuously_watched_one_at_any_step():
     with pytest.raises(JumpError, match="'conditional'"):
         sensitivity(known.problem, n_paths=1000)
     assert isinstance(known.problem.functional, BarrierCall)
+
+
+# Coefficients that jump
+
+
+def _regimes():
+    """The drift changes sign at a level c."""
+
+    def drift(t, y, p):
+        return torch.where(y > p["c"], p["a"], -p["a"]) + 0 * p["c"]
+
+    params = {"a": scalar(0.5), "c": scalar(1.1)}
+    sde = SDE(drift, lambda t, y, p: 0.3 * torch.ones_like(y), params)
+    return Problem(sde, Moment(1), torch.ones(1, dtype=F64), (0.0, 1.0), 8)
+
+
+def test_a_drift_that_jumps_leaves_the_likelihood_ratio_alone():
+    """The path jumps where it crosses the level, so nothing along it is right; its law moves smoothly in a, and not in c."""
+    problem = _regimes()
+    for method in ("pathwise", "conditional", "vibrato", "malliavin"):
+        with pytest.raises(JumpError, match="apply: 'likelihood_ratio'"):
+            sensitivity(problem, n_paths=1000, method=method, wrt="a")
+    found = sensitivity(problem, n_paths=100_000, method="auto", wrt="a", seed=1)
+    assert found.method == "likelihood_ratio"
+    # wide central differences, whose error falls with the square of the step
+    wide = sensitivity(problem, n_paths=400_000, method="finite_difference", wrt="a", relative_step=0.05, seed=2)
+    error = math.hypot(float(found.gradient["a"].standard_error), float(wide.gradient["a"].standard_error))
+    assert abs(float(found.gradient["a"].mean - wide.gradient["a"].mean)) < 4.5 * error + 0.01
+    with pytest.raises(JumpError, match="that path's density"):
+        sensitivity(problem, n_paths=1000, method="likelihood_ratio", wrt="c")

@@ -43,6 +43,15 @@ def test_links_point_at_files(link):
     assert (README.parent / link).exists()
 
 
+def test_blocks_of_the_page_on_jumps(capsys):
+    session: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "jumps.md").read_text(), flags=re.DOTALL):
+        exec(compile(block, "docs/jumps.md", "exec"), session)
+    out = capsys.readouterr().out
+    for words in ("jump: ", "Unbiased methods that apply: 'conditional'", "Sensitivity by ", "Hessian by "):
+        assert words in out
+
+
 def test_blocks_of_the_page_on_estimators(capsys):
     session: dict = {}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "estimators.md").read_text(), flags=re.DOTALL):
