@@ -37,7 +37,7 @@ from sdesens.sensitivity.tile import (
     initial_pullback,
     pull,
 )
-from sdesens.sensitivity.transition import Parts, check_span, increments, log_density, parts_of
+from sdesens.sensitivity.transition import Parts, check_span, increments, linear_log_density, parts_of
 
 EACH = 64  # components of theta up to which every path has its own score; beyond, each group
 
@@ -140,7 +140,7 @@ def _retrace(tile: Tile, parts: Parts, th: Theta, start: int, y: Tensor, xs: Ten
     for k, x in enumerate(xs):
         drift, s = increments(dynamics, start + k, y)
         mean = y + drift
-        log_q, live = log_density(parts, x, mean, s)
+        log_q, live = linear_log_density(parts, x, mean, s)
         moved = torch.where(parts.noisy, mean, 0.0).flatten(1).sum(1) + s.flatten(1).square().sum(1)
         lost = lost + torch.where(live, 0.0, moved)
         alive = alive & live

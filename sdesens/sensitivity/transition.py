@@ -8,7 +8,7 @@ ones: a running integral, a discount. What tells them apart is a row of the diff
 Where the noise of the noisy components spans fewer directions than they have, (2) is taken within that span: enough for
 parameters of the drift that push along it, and for no others.
 
-This file differentiates nothing.
+This file differentiates nothing, but says what the derivative of (2) is.
 """
 
 from dataclasses import dataclass
@@ -172,6 +172,32 @@ def log_density(parts: Parts, x: Tensor, mean: Tensor, s: Tensor) -> tuple[Tenso
     r = torch.linalg.solve_triangular(L, gap[..., None], upper=False)[..., 0]
     logs = L.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return torch.where(alive, -0.5 * r.square().sum(-1) - logs, 0.0), alive
+
+
+def linear_log_density(parts: Parts, x: Tensor, mean: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """A number (B,) with the derivatives of equation (2) in mean and s, x held fixed, and where the density exists.
+
+    d log q = w . dm + (w z' - s^+') . ds,  z = s^+ (x - m),  w = s^+' z: linear in m and s once z, w and s^+ are numbers. So no
+    derivative of a Cholesky factor is taken, and only the first derivatives are right. Zero where there is no density.
+    """
+    s0 = s.detach()
+    gap = (x - mean).detach()
+    if parts.diagonal:
+        inverse, alive = right_inverse(parts, s0)
+        z = inverse * gap
+        return (inverse * (z * mean + (z * z - 1) * s)).flatten(1).sum(1), alive
+    if parts.spans:
+        inverse, alive = right_inverse(parts, s0)  # (B, m, k)
+    else:
+        S = s0.index_select(1, parts.rows)
+        inverse, alive = torch.linalg.pinv(S, rtol=SPAN), (S != 0).flatten(1).any(1)
+    z = (inverse @ gap.index_select(1, parts.rows)[..., None])[..., 0]  # (B, m)
+    w = (z[:, None] @ inverse)[:, 0]  # (B, k)
+    along = (w * mean.index_select(1, parts.rows)).sum(1)
+    if not parts.spans:  # then s does not depend on what is differentiated
+        return along, alive
+    turn = w[..., None] * z[:, None] - inverse.mT  # (B, k, m)
+    return along + (turn * s.index_select(1, parts.rows)).sum((1, 2)), alive
 
 
 def has_inverse(covariance: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from sdesens.problem import Problem, Theta
 from sdesens.sde import noise_product
 from sdesens.sensitivity.pathwise import pathwise
 from sdesens.sensitivity.tile import Contributions, Tile
-from sdesens.sensitivity.transition import Parts, increments, log_density, reached
+from sdesens.sensitivity.transition import Parts, increments, linear_log_density, reached
 
 
 def vibrato(tile: Tile, theta: Theta, *, draws: int = 4) -> Contributions:
@@ -103,7 +103,7 @@ class Vibrato(LastStep):
             step = noise_product(q.sde, s, z)
             for x in (mean + step, mean - step):
                 here = f(x)
-                log_q, alive = log_density(self.parts, x.detach(), mean, s)
+                log_q, alive = linear_log_density(self.parts, x.detach(), mean, s)
                 weight = torch.where(alive, (here - middle).detach(), torch.nan)
                 value, score = value + here, score + weight * log_q
         n = 2 * len(own)

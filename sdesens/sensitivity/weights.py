@@ -37,7 +37,7 @@ from sdesens.integrate.chunk import Dynamics
 from sdesens.problem import Theta
 from sdesens.sde import noise_product
 from sdesens.sensitivity.tile import Tile
-from sdesens.sensitivity.transition import Parts, increments, log_density, right_inverse
+from sdesens.sensitivity.transition import Parts, increments, linear_log_density, right_inverse
 from sdesens.tensors import basis, jvp
 
 
@@ -218,4 +218,4 @@ def _solved(parts: Parts, dynamics: Dynamics, n: int, y: Tensor, goal: Tensor) -
         z = (inverse * gap).flatten(1)
     else:
         z = (inverse @ gap.index_select(1, parts.rows)[..., None])[..., 0]
-    return z, log_density(parts, goal, y + drift, s)[0]
+    return z, linear_log_density(parts, goal, y + drift, s)[0]
