@@ -29,7 +29,7 @@ from sdesens.noise import Noise, Philox
 from sdesens.problem import Problem, Theta
 from sdesens.sde import SDE, Params
 from sdesens.sensitivity import SMOOTHED
-from sdesens.sensitivity.conditional import smoothed
+from sdesens.sensitivity.conditional import Bridge, check_declared, smoothed
 from sdesens.sensitivity.probe import check_problem
 from sdesens.sensitivity.tile import Tile
 from sdesens.sensitivity.transition import Parts, check_span, log_density, parts_of, reached
@@ -89,9 +89,12 @@ class Case:
             return None
         if method == "conditional":
             measure = smoothed(q, theta, self.noise_dim)
+            if isinstance(measure, Bridge):  # continuous in the path and the barrier; what is left is the path
+                spread = self.scales[1]
+                return self.audit(evaluate=lambda ys, ys0, th: _projected(ys[1:], spread))
             return self.audit(_View(q, outputs=measure.outputs), lambda ys, ys0, th: measure(th, ys, None))
         if method in ("vibrato", "malliavin", "likelihood_ratio"):
-            parts = parts_of(q, theta, self.noise_dim, f"method={method!r}")
+            parts = parts_of(q, self.noise_dim, f"method={method!r}")
             if method == "likelihood_ratio":
                 return self.audit(_replayed(self, parts))
             return self.audit(*(_last_step(self, parts) if method == "vibrato" else (None, _held(self, parts))))
@@ -131,12 +134,17 @@ def _attached(case: Case) -> None:
     check_problem(case.problem, case.theta)
 
 
+def _declared(case: Case) -> None:
+    measure = smoothed(case.problem, case.theta, case.noise_dim)
+    check_declared(case.pilot(2_000, 2_000), case.theta, measure)
+
+
 STRUCTURE: dict[str, Callable[[Case], Any]] = {
     "pathwise": _attached,
     "forward": _attached,
-    "conditional": lambda case: smoothed(case.problem, case.theta, case.noise_dim),
-    "vibrato": lambda case: reached(case.problem, case.theta, case.noise_dim, "method='vibrato'"),
-    "malliavin": lambda case: reached(case.problem, case.theta, case.noise_dim, "method='malliavin'"),
+    "conditional": _declared,
+    "vibrato": lambda case: reached(case.problem, case.noise_dim, "method='vibrato'"),
+    "malliavin": lambda case: reached(case.problem, case.noise_dim, "method='malliavin'"),
     "likelihood_ratio": lambda case: check_span(
         case.problem, case.theta, case.noise_dim, "method='likelihood_ratio'"
     ),
@@ -193,7 +201,7 @@ def _jumps(method: str, seen: Audit) -> str:
         "likelihood_ratio": "the functional along a path held fixed, or that path's density,",
     }.get(method, "the functional (or a coefficient)")
     return (
-        f"{what} jumps: {seen.reason}. A derivative along the path, as method={method!r} takes it, exists on "
+        f"{what} jumps: {seen.reason.split(': a pathwise')[0]}. A derivative along the path, as method={method!r} takes it, exists on "
         "almost every path and misses the jump; for a digital option it is silently zero."
     )
 

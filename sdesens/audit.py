@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from sdesens.closer import look_closer
 from sdesens.errors import ArgumentError, ArgumentTypeError, SdesensError
 from sdesens.integrate.chunk import Dynamics, advance, chunk_length, plan
 from sdesens.noise import Held, Noise, Philox
 from sdesens.problem import Problem, Theta
-from sdesens.sensitivity.probe import check_problem
+from sdesens.sensitivity.probe import check_number, check_problem
 from sdesens.sensitivity.tile import HELD_BYTES, Tile
 from sdesens.zoom import KINDS, SINGULAR, SURVEYED, Finding, examine, paths_looked_at, survey
 
@@ -137,6 +138,7 @@ def audit(problem: Problem, *, wrt: Sequence[str] | str | None = None, n_paths: 
     if not theta:
         raise ArgumentError("there is nothing to move: name parameters in `wrt`, or give the SDE some.")
     noise_dim = check_problem(problem, theta, differentiated=False, thorough=False)
+    check_number(problem, noise_dim)
     return look(problem, theta, noise_dim, n_paths=n_paths, seed=seed)
 
 
@@ -349,8 +351,26 @@ def _zoomed(asked: _Asked, rows: int) -> Audit:
     directions = {k: u[chosen] * scale.to(u.device).view(-1, *[1] * (u.dim() - 1)) for k, u in directions.items()}
     F = rows_function(q.problem, q.theta, directions, noise, q.noise_dim, evaluate=q.evaluate)
     speed = torch.tensor([r.speed for r in reach])[torch.arange(n) % TURNS]
-    found = examine(F, rows=rows, unit=q.unit, finest=max(q.finest(r) for r in reach), speed=speed)
-    return _audit(found, q.theta, 1, 2 * tried)
+    finest = max(q.finest(r) for r in reach)
+    found = examine(F, rows=rows, unit=q.unit, finest=finest, speed=speed)
+    seen = _audit(found, q.theta, 1, 2 * tried)
+    if q.evaluate is not None or not isinstance(q.problem, Problem) or seen.kind == "jump":
+        return seen
+    there = states(q.problem, moved(q.theta, directions, torch.full((tried,), 0.1), paths), noise, q.noise_dim, paths)
+    closer = look_closer(
+        q.problem, q.theta, directions, moved, here, (there - here) / 0.1, unit=q.unit, finest=finest
+    )  # fmt: skip
+    if (
+        closer is None
+        or (seen.steep and closer[1].kind == "kink")
+        or (seen.kind in KINDS and KINDS.index(closer[1].kind) <= KINDS.index(seen.kind))
+    ):
+        return replace(seen, rows=seen.rows + tried)
+    what, near = closer
+    return replace(
+        _audit(near, q.theta, 1, 2 * tried), passes=seen.passes, rows=seen.rows + tried, steep=seen.steep,
+        reason=f"{what} {'jumps' if near.kind == 'jump' else 'kinks'}, seen from close by, {_along(q.theta)}",
+    )  # fmt: skip
 
 
 def _surveyed(asked: _Asked, count: int) -> Audit:
@@ -414,7 +434,7 @@ def _refused(why: str) -> Audit:
 def _with_declared(seen: Audit, problem: Problem) -> Audit:
     """The worse of what is seen and what the functional says of itself."""
     order, declared = ("smooth", "kink", "unknown", "jump"), getattr(problem.functional, "kind", None)
-    if declared not in KINDS or order.index(seen.kind) >= order.index(declared):
+    if not isinstance(declared, str) or declared not in KINDS or order.index(seen.kind) >= order.index(declared):
         return seen
     return replace(seen, kind=declared, reason=f"it declares a {declared}; seen: {seen.kind}, {seen.reason}")
 

@@ -76,6 +76,8 @@ def candidates(case: Case) -> dict[str, Candidate]:
     def refusal(method: str) -> str | None:
         if method in ("forward", "malliavin") and components > FEW:
             return f"it carries a tangent for each of {components} components of theta"
+        if method == "conditional" and hasattr(case.problem.functional, "bridge"):
+            return "it watches the barrier between output times too, which is another number: name it to have that"
         return case.refusal(method)
 
     return {m: Candidate(METHODS[m], partial(refusal, m), SETTLE.get(m)) for m in UNBIASED}

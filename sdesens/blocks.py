@@ -7,7 +7,7 @@ numbers.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -105,16 +105,19 @@ class Run:
     def fingerprint(self) -> str:
         """A digest of what is computed, to tell runs that belong together from those that do not."""
         q, sde = self.problem, self.problem.sde
-        names = [
-            getattr(f, "__qualname__", type(f).__qualname__) for f in (sde.drift, sde.diffusion, sde.step, q.functional)
-        ]
+        names = [_named(f) for f in (sde.drift, sde.diffusion, sde.step, q.functional)]
         noise = repr(self.noise) if self.noise.n_steps is None else type(self.noise).__qualname__
         digest = hashlib.sha256(
-            repr((names, sde.noise_type, q.times.tolist(), q.n_steps, noise, self.options)).encode()
+            repr((names, sde.noise_type, q.times.tolist(), q.n_steps, noise, self.options, self.order)).encode()
         )
         for value in (q.initial({}), *sde.params.values()):
             digest.update(value.detach().cpu().double().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _named(function: Any) -> str:
+    """What tells functions apart: all that a dataclass holds, the name of others."""
+    return repr(function) if is_dataclass(function) else getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def _check_finite(c: Contributions, tile: Tile, method: str) -> None:

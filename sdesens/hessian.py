@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdesens.applicable import Case
+from sdesens.applicable import STRUCTURE, Case
 from sdesens.audit import Audit
 from sdesens.auto import Candidate, Trial, choose
 from sdesens.errors import ArgumentError, ArgumentTypeError, KinkError, SdesensError, UnknownParameterError
@@ -24,7 +24,6 @@ from sdesens.estimate import Estimate, total
 from sdesens.montecarlo import carry_out, check_counts, check_options, check_units, make_run
 from sdesens.noise import Noise
 from sdesens.problem import Problem
-from sdesens.sensitivity.conditional import smoothed
 from sdesens.sensitivity.probe import check_problem, noise_source, survives_vmap
 from sdesens.sensitivity.second_order import PAIRS, SECOND, parts_for
 
@@ -175,6 +174,8 @@ def hessian(
     if method not in (*SECOND, "auto"):
         raise ArgumentError(f"`method` must be one of {', '.join(map(repr, SECOND))}, or 'auto', got {method!r}.")
     check_counts(n_paths=(n_paths, 2))
+    if not isinstance(audit, bool):
+        raise ArgumentTypeError(f"`audit` must be True or False, got {audit!r}.")
     check_options("hessian", hessian, method, SECOND.get(method), options)
     source = noise_source(problem, seed, noise)
     check_units(source, n_paths, 0)
@@ -210,7 +211,7 @@ def _fault(case: Case, method: str, audited: bool = True) -> SdesensError | None
     """Why a method cannot be used; None if it can."""
     try:
         if method == "conditional":
-            smoothed(case.problem, case.theta, case.noise_dim)
+            STRUCTURE["conditional"](case)
         else:
             parts_for(case.pilot(), case.theta, PAIRS[method])
         if not audited:

@@ -10,6 +10,7 @@ gives the standard error, with a t quantile for their finite number. Methods tha
 
 import difflib
 import inspect
+import math
 import pickle
 import time
 import warnings
@@ -73,7 +74,10 @@ class Sensitivity:
     @cached_property
     def tails(self) -> dict[str, Tail]:
         """The tail of each gradient, where the run is long enough to tell: 5,000 paths, or 400 groups of them."""
-        found = {k: tail(b.largest[k] for b in self.blocks if k in b.largest) for k in self.gradient}
+        found = {}
+        for k, g in self.gradient.items():
+            spread = float(g.standard_error.norm()) * math.sqrt(self.n_paths)
+            found[k] = tail((b.largest[k] for b in self.blocks if k in b.largest), spread)
         return {k: v for k, v in found.items() if v is not None}
 
     @property
@@ -303,7 +307,7 @@ def _assemble(blocks: tuple[Block, ...], run: Run, seconds: float) -> Sensitivit
             "the result does not depend on it, or the functional jumps (an indicator, a rounding, a comparison) and its "
             "pathwise derivative misses the jump: compare with method='auto', or with wide central differences.",
             ZeroGradientWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     for name in result.unreliable:
         warnings.warn(
@@ -311,7 +315,7 @@ def _assemble(blocks: tuple[Block, ...], run: Run, seconds: float) -> Sensitivit
             "is finite): its standard error is not reliable, whatever the number of paths. The usual cause is a square root near "
             "zero. Use a scheme that stays away from it (models.cir_lamperti), or another method.",
             HeavyTailWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return result
 
@@ -342,10 +346,8 @@ def _prepare(
     check_options("sensitivity", sensitivity, method, METHODS.get(method), options)
     source = noise_source(problem, seed, noise)
     check_units(source, n_paths, first_path)
-    if not isinstance(bias, bool | int | float) or not 0 <= bias <= 8:
-        raise ArgumentError(
-            f"`bias` must be True, False or a weak order, a number above 0 and at most 8, got {bias!r}."
-        )
+    if not (bias is False or (isinstance(bias, bool | int | float) and 0.1 <= bias <= 8)):
+        raise ArgumentError(f"`bias` must be True, False or a weak order, a number from 0.1 to 8, got {bias!r}.")
     if bias and source.n_steps is not None:
         raise ArgumentError("`bias` runs n_steps and 2 n_steps, so it needs noise for any grid, such as Philox(seed).")
     theta = problem.leaves(wrt)
@@ -412,7 +414,9 @@ def check_counts(**numbers: tuple[Any, int]) -> None:
 def check_options(caller: str, function: Callable, method: str, compute: Callable | None, options: Mapping) -> None:
     """Raise ArgumentTypeError for a name that neither the caller nor the method knows."""
     parameters = {} if compute is None else inspect.signature(compute).parameters
-    known = [k for k, v in parameters.items() if v.kind is v.KEYWORD_ONLY]
+    known = [k for k, v in parameters.items() if v.kind is v.KEYWORD_ONLY and k != "constants"]  # those are settled
+    if not isinstance(options.get("control", True), bool):
+        raise ArgumentTypeError(f"`control` must be True or False, got {options['control']!r}.")
     for name in options:
         if name not in known:
             near = difflib.get_close_matches(name, [*inspect.signature(function).parameters, *known], 1)

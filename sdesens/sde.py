@@ -253,6 +253,10 @@ def check_parameter(name: str, value) -> None:
         raise ArgumentError(
             f"a parameter may not be called `{name}`: that name means the initial state or the horizon; rename it."
         )
+    if isinstance(name, str) and (name == "value" or ", " in name):
+        raise ArgumentError(
+            f"a parameter may not be called {name!r}: results have a `value`, and name pairs of parameters with a comma; rename it."
+        )
     if not isinstance(name, str):
         raise ArgumentTypeError(f"`params` must have strings for names, got {name!r}: use {str(name)!r}.")
     if not isinstance(value, Tensor):

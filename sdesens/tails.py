@@ -85,8 +85,13 @@ class Largest:
         return cls(sizes.topk(min(KEPT, len(sizes))).values, len(sizes), size)
 
 
-def tail(blocks: Iterable[Largest]) -> Tail | None:
-    """Equation (1) over blocks; None where a sample is too small to tell, or has no spread."""
+def tail(blocks: Iterable[Largest], spread: float) -> Tail | None:
+    """Equation (1) over blocks; None where a sample is too small to tell, or has no spread.
+
+    `spread` is the standard deviation of a path. What is not beyond that of a unit is no tail: where few paths pay at all, the
+    others would be taken for one. And of three thresholds, each with half as many values beyond, the lightest tail counts: that of
+    a power law is the same at all, that of few payoffs thins out.
+    """
     found = list(blocks)
     size = max((b.size for b in found), default=1)
     found = [b for b in found if b.size == size]
@@ -95,8 +100,14 @@ def tail(blocks: Iterable[Largest]) -> Tail | None:
     if units < shortest:
         return None
     k = max(int(share * units), least)
-    top = torch.cat([b.values for b in found]).sort(descending=True).values[: k + 1]
-    if len(top) <= k or not float(top[-1]) > 0:
+    top = torch.cat([b.values for b in found]).sort(descending=True).values
+    k = min(k, int((top > max(spread / math.sqrt(size), 0.0)).sum()) - 1)
+    if k < least:
         return None
-    mean = float((top[:-1] / top[-1]).log().mean())
+    return max((_hill(top, j, size) for j in {k, max(k // 2, least), max(k // 4, least)}), key=lambda t: t.index)
+
+
+def _hill(top: Tensor, k: int, size: int) -> Tail:
+    """Equation (1) from values in falling order."""
+    mean = float((top[:k] / top[k]).log().mean())
     return Tail(math.inf if mean == 0 else 1.0 / mean, k, size)

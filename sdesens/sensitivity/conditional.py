@@ -15,13 +15,14 @@ alone: their means differ by O(dt^1/2), and (2) is exact for a log-price of cons
 Reference: P. Glasserman, Monte Carlo Methods in Financial Engineering, 2003, sections 7.2.3 and 6.4.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sdesens.errors import MethodError
+from sdesens.errors import MethodError, ShapeError
 from sdesens.integrate.chunk import Dynamics
 from sdesens.problem import Problem, Theta
 from sdesens.sensitivity.pathwise import pathwise
@@ -29,6 +30,9 @@ from sdesens.sensitivity.probe import probe_states
 from sdesens.sensitivity.tile import Contributions, Measure, Tile
 from sdesens.sensitivity.transition import increments, parts_of
 from sdesens.sensitivity.vibrato import LastStep
+from sdesens.tensors import describe
+
+DOUBT = 8.0  # standard errors that the mean of a declared expectation may be off by
 
 
 def conditional(tile: Tile, theta: Theta) -> Contributions:
@@ -55,22 +59,48 @@ def smoothed(problem: Problem, theta: Theta, noise_dim: int, *, twice: bool = Fa
     functional = problem.functional
     if problem.initial({}).dim() != 1:
         raise MethodError("method='conditional' needs states of shape (d,): flatten them, or use method='vibrato'.")
-    if hasattr(functional, "bridge"):
-        parts_of(problem, theta, noise_dim, "method='conditional'")
+    if callable(getattr(functional, "bridge", None)):
+        parts_of(problem, noise_dim, "method='conditional'")
         return Bridge(problem)
-    if hasattr(functional, "conditional"):
-        parts = parts_of(problem, theta, noise_dim, "method='conditional'")
+    if callable(getattr(functional, "conditional", None)):
+        parts = parts_of(problem, noise_dim, "method='conditional'")
         strict = twice or getattr(functional, "kind", "jump") == "jump"
         measure = Conditional(problem, parts.noisy if strict else None)
         y = probe_states(problem, theta, noise_dim)[-1][1]
         with torch.no_grad():  # under vmap the functional cannot look at values, and so not complain
-            measure(theta, y.expand(len(measure.outputs), *y.shape), None)
+            _check_number(problem, measure, theta, y)
         return measure
     raise MethodError(
         "method='conditional' needs a functional that knows its expectation over a Gaussian step, a method conditional(ys, "
         f"covariance, p) such as `functionals.Digital` has; {type(functional).__name__} has none. Use method='vibrato' for a jump "
         "at the last time, 'likelihood_ratio' or 'malliavin' for any other."
     )
+
+
+def _check_number(problem: Problem, measure: "Conditional", theta: Theta, y: Tensor) -> None:
+    found = measure.expected(theta, y.expand(len(measure.outputs), *y.shape))[0]
+    if not isinstance(found, Tensor) or found.shape != y.shape[:1] or found.dtype != y.dtype:
+        raise ShapeError(
+            f"`functional.conditional(ys, covariance, p)` must return one number a path, {y.dtype} of shape ({len(y)},), got "
+            f"{describe(found)}: ys[-1] is (B, d), so index the component, ys[-1, :, 0], and keep the axis of paths."
+        )
+
+
+def check_declared(tile: Tile, theta: Theta, measure: Measure) -> None:
+    """Raise MethodError if what the functional declares has not its mean, on the paths of a pilot tile."""
+    if not isinstance(measure, Conditional):
+        return
+    with torch.no_grad():
+        whole = replace(tile, measure=None)
+        ys = whole.paths(theta)
+        own, declared = whole.values(theta, ys), replace(tile, measure=measure)
+        gap = own - declared.values(theta, declared.paths(theta))
+    error = float(gap.std()) / math.sqrt(len(gap))
+    if abs(float(gap.mean())) > DOUBT * error + 1e-6 * float(own.abs().mean()):
+        raise MethodError(
+            f"`functional.conditional(ys, covariance, p)` is not the functional's expectation over the last step: its mean over "
+            f"{len(gap)} paths is off by {abs(float(gap.mean())) / max(error, 1e-300):.3g} standard errors. Mend it, or use another method."
+        )
 
 
 @dataclass(frozen=True)
@@ -81,14 +111,18 @@ class Conditional(LastStep):
     draws: ClassVar[int] = 0
 
     def __call__(self, theta: Theta, ys: Tensor, own: Tensor | None) -> Tensor:
-        q = self.problem
-        mean, s = self.law(theta, ys[-1])
-        spread, functional = covariance(s), q.functional
-        value = functional.conditional(self.path(ys, mean), spread, q.params(theta))  # type: ignore[attr-defined]
+        value, spread = self.expected(theta, ys)
         if self.moving is None:
             return value
         still = (spread.diagonal(dim1=-2, dim2=-1) == 0) & self.moving
         return torch.where(still.any(-1), torch.nan, value)
+
+    def expected(self, theta: Theta, ys: Tensor) -> tuple[Tensor, Tensor]:
+        """What the functional declares, and the covariance of the last step."""
+        q = self.problem
+        mean, s = self.law(theta, ys[-1])
+        spread = covariance(s)
+        return q.functional.conditional(self.path(ys, mean), spread, q.params(theta)), spread  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdesens.errors import MethodError
+from sdesens.errors import MethodError, ShapeError
 from sdesens.integrate.chunk import steps
 from sdesens.problem import Theta
 from sdesens.sensitivity.pathwise import backwards, forwards, segmented
@@ -37,7 +37,8 @@ from sdesens.sensitivity.tile import (
     initial_pullback,
     pull,
 )
-from sdesens.sensitivity.transition import Parts, check_span, increments, linear_log_density, parts_of
+from sdesens.sensitivity.transition import Parts, check_span, increments, linear_log_density, parts_of, strays
+from sdesens.tensors import describe
 
 EACH = 64  # components of theta up to which every path has its own score; beyond, each group
 
@@ -76,7 +77,7 @@ def scored(
     problem = tile.problem
     each = tile.vectorised and sum(v.numel() for v in theta.values()) <= EACH
     tile = replace(tile, lanes=0, group=1 if each else tile.group)
-    parts = parts_of(problem, theta, tile.noise_dim, "method='likelihood_ratio'")
+    parts = parts_of(problem, tile.noise_dim, "method='likelihood_ratio'")
     y0 = tile.start(theta)
     tile = tile.holding_noise(y0)
     segments = segmented(tile.chunks, y0)
@@ -101,10 +102,15 @@ def scored(
             xs = torch.stack(steps(tile.dynamics(theta), chunk.start, start, z.unbind()))
         y = tile.per_group(start).detach().requires_grad_()
         with torch.enable_grad():
-            *logs, lost, alive, states = tile.map_groups(run, (0, 0, 1))(leaves, y, tile.per_group(xs, 1))
+            *logs, lost, alive, stray, states = tile.map_groups(run, (0, 0, 1))(leaves, y, tile.per_group(xs, 1))
         inputs, targets = [y, *leaves.values()], [*logs, states]
+        if bool(stray.any()):
+            raise MethodError(
+                "method='likelihood_ratio' cannot be used: a component of the state that has no noise at first has some later, on "
+                "few paths. Use method='pathwise' if the functional does not jump."
+            )
         if not bool(alive.all()):
-            _check_lost(pull(lost, inputs, torch.ones_like(lost), retain_graph=True), theta)
+            _check_lost(tile, leaves, clean, chunk.start, pull(lost, inputs, torch.ones_like(lost), retain_graph=True))
         for sweep, w in ((gained, weights), (score, [one] * len(weights)))[: 1 + with_scores]:
             bars = torch.zeros_like(states)
             bars[:, :, -1] = sweep.y_bar
@@ -133,10 +139,11 @@ def _retrace(tile: Tile, parts: Parts, th: Theta, start: int, y: Tensor, xs: Ten
     """Along known states xs (steps, B, *event): log densities of the steps, and the states with clean components moving.
 
     Returns log q of each step (B,), a number whose derivative shows what moves where there is no density, whether all have
-    one, and the states (B, steps, *event).
+    one, whether a component without noise has some after all, and the states (B, steps, *event).
     """
     dynamics, logs, states = tile.dynamics(th), [], []
     lost, alive = y.new_zeros(y.shape[0]), y.new_ones(y.shape[0], dtype=torch.bool)
+    stray = ~alive
     for k, x in enumerate(xs):
         drift, s = increments(dynamics, start + k, y)
         mean = y + drift
@@ -144,10 +151,11 @@ def _retrace(tile: Tile, parts: Parts, th: Theta, start: int, y: Tensor, xs: Ten
         moved = torch.where(parts.noisy, mean, 0.0).flatten(1).sum(1) + s.flatten(1).square().sum(1)
         lost = lost + torch.where(live, 0.0, moved)
         alive = alive & live
+        stray = stray | strays(parts, s)
         logs.append(log_q)
         y = torch.where(parts.noisy, x, mean)
         states.append(y)
-    return [*logs, lost, alive, torch.stack(states, 1)]
+    return [*logs, lost, alive, stray, torch.stack(states, 1)]
 
 
 def _weights(tile: Tile, theta: Theta, ys: Tensor, values: Tensor) -> list[Tensor]:
@@ -156,13 +164,30 @@ def _weights(tile: Tile, theta: Theta, ys: Tensor, values: Tensor) -> list[Tenso
     if rewards is None or tile.measure is not None:
         return [values] * tile.problem.n_steps
     gained = rewards(ys, tile.problem.params(theta))  # (T, B)
+    if not isinstance(gained, Tensor) or gained.shape != ys.shape[:2]:
+        raise ShapeError(
+            f"`functional.rewards(ys, p)` must return what is gained at each output time, a tensor of shape (T, B) = "
+            f"{tuple(ys.shape[:2])}, got {describe(gained)}."
+        )
+    gap = (gained.sum(0) - values).abs()
+    if bool((gap > torch.finfo(values.dtype).eps ** 0.5 * (gained.abs().sum(0) + values.abs())).any()):
+        raise MethodError(
+            "`functional.rewards(ys, p)` does not add up to the functional: summed over output times (axis 0) it must be F on every "
+            f"path, and it is off by up to {float(gap.max()):.3g}."
+        )
     to_go = gained.flip(0).cumsum(0).flip(0)
     bounds = zip(tile.outputs[:-1], tile.outputs[1:], strict=True)
     return [to_go[j + 1] for j, (begin, end) in enumerate(bounds) for _ in range(begin, end)]
 
 
-def _check_lost(found: list[Tensor | None], theta: Theta) -> None:
-    names = [k for k, g in zip(theta, found[1:], strict=True) if g is not None and bool(g.any())]
+def _check_lost(tile: Tile, leaves: dict[str, Tensor], clean: Tensor, start: int, found: list[Tensor | None]) -> None:
+    totals = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in leaves.items()}
+    accumulate(totals, found[1:])
+    if found[0] is not None and start == 0:
+        initial_pullback(tile, leaves, found[0], totals)
+    names = [k for k, g in totals.items() if bool(g.any())]
+    if found[0] is not None and start > 0 and bool(torch.where(clean, found[0], 0.0).any()):
+        names = list(leaves)  # they may move what has no noise, and that the step
     if names:
         raise MethodError(
             f"method='likelihood_ratio' cannot be used for {', '.join(map(repr, names))}: on some paths the noise vanishes (a "

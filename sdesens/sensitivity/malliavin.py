@@ -63,7 +63,7 @@ def weighted(tile: Tile, theta: Theta, window: int | None) -> tuple[Tensor, dict
     """Values, gradients without a control variate, and weights, of every path."""
     theta = {k: v.detach() for k, v in theta.items()}
     check_window(window)
-    parts = reached(tile.problem, theta, tile.noise_dim, "method='malliavin'")
+    parts = reached(tile.problem, tile.noise_dim, "method='malliavin'")
     with torch.no_grad():
         rows = first_order(tile, theta, parts, weighted=True, window=window)
     tile.check(theta, rows.ys, rows.values)

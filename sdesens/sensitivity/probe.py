@@ -25,6 +25,7 @@ from sdesens.noise import Noise, Philox, settle
 from sdesens.problem import Problem, Theta
 from sdesens.sde import require_ito
 from sdesens.sensitivity.tile import Tile, group_leaves
+from sdesens.tensors import describe
 
 
 def noise_source(problem: Problem, seed: int | None, noise: Noise | None) -> Noise:
@@ -103,6 +104,18 @@ def probe_states(problem: Problem, theta: Theta, noise_dim: int) -> list[tuple[i
         z = Philox(0, PROBE_STREAM).normals(0, PROBE_PATHS, n, 1, noise_dim, dtype=y.dtype, device=y.device)
         y = advance(dynamics, _single_step(n), y, z)[-1]
     return found
+
+
+def check_number(problem: Problem, noise_dim: int) -> None:
+    """Raise ShapeError unless the functional gives one number a path, on the made-up path; nothing is differentiated."""
+    with torch.no_grad():
+        ys = _probe(problem, {}, noise_dim)
+        values = problem.functional(ys, problem.params({}))
+    if not isinstance(values, Tensor) or values.shape != ys.shape[1:2]:
+        raise ShapeError(
+            f"`functional(ys, p)` must return one number a path, shape ({ys.shape[1]},) for ys of shape {tuple(ys.shape)}, got "
+            f"{describe(values)}."
+        )
 
 
 def _single_step(n: int) -> Chunk:

@@ -100,7 +100,7 @@ def parts_for(tile: Tile, theta: Theta, pair: Pair, window: int | None = None) -
     if not (pair.weighted or pair.fixed):
         return None
     check_window(window)
-    parts = reached(tile.problem, theta, tile.noise_dim, "a second derivative by weights or on a path held fixed")
+    parts = reached(tile.problem, tile.noise_dim, "a second derivative by weights or on a path held fixed")
     noisy = int(parts.noisy.sum())
     if pair.fixed and not parts.diagonal and tile.noise_dim != noisy:
         raise MethodError(

@@ -12,19 +12,26 @@ This file differentiates nothing, but says what the derivative of (2) is.
 """
 
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from sdesens.errors import MethodError
+from sdesens.integrate.checks import PROBE_STREAM
 from sdesens.integrate.chunk import Dynamics
+from sdesens.noise import Philox
 from sdesens.problem import Problem, Theta
-from sdesens.sde import require_euler
+from sdesens.sde import Params, noise_product, require_euler
 from sdesens.sensitivity.probe import probe_states
 from sdesens.tensors import basis, jvp
 
+PATHS = 32  # that are looked at
 PIVOT = 1e-12  # share of a variance that a direction must have of its own
 SPAN = 1e-8  # the same for a singular value, which is known to less
+
+
+_PARTS: "WeakKeyDictionary[Problem, Parts]" = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,41 +66,67 @@ def increments(dynamics: Dynamics, n: int, y: Tensor) -> tuple[Tensor, Tensor]:
     return sde.drift(t, y, p) * dt.to(y.dtype), g if sde.noise_type == "diagonal" else g.expand(*y.shape, g.shape[-1])
 
 
-def parts_of(problem: Problem, theta: Theta, noise_dim: int, where: str) -> Parts:
-    """Which components have noise of their own, seen on a few states of short paths.
+def parts_of(problem: Problem, noise_dim: int, where: str) -> Parts:
+    """Which components have noise of their own, seen on whole paths; those that a parameter gives some are among them.
 
     Raises
     ------
     MethodError
         If the SDE brings a step of its own, whose law is unknown, or no component has noise.
     """
-    sde = problem.sde
-    require_euler(sde, where)
-    with torch.no_grad():
-        states = probe_states(problem, theta, noise_dim)  # [(n, y)]
-        dynamics = Dynamics(sde, problem.params(theta), problem.t0, problem.step_size(theta))
-        s = torch.cat([increments(dynamics, n, y)[1] for n, y in states])
-    diagonal = sde.noise_type == "diagonal"
-    noisy = (s != 0).any(0) if diagonal else (s != 0).any(-1).any(0)
-    if not bool(noisy.any()):
+    require_euler(problem.sde, where)
+    found = _PARTS.get(problem)
+    if found is None:
+        found = _PARTS[problem] = _look(problem, noise_dim)
+    if not bool(found.noisy.any()):
         raise MethodError(f"{where} needs noise, but the diffusion is zero everywhere: use method='pathwise'.")
-    spans = True
-    if not diagonal:
-        S = s[:, noisy]
-        size = S.norm(dim=-1, keepdim=True)
-        S = S[(size > 0).all(1).flatten()] / size[(size > 0).all(1).flatten()]
-        spans = S.shape[1] <= S.shape[2] and bool((torch.linalg.svdvals(S)[:, -1] > SPAN).any())
+    return found
+
+
+def _look(problem: Problem, noise_dim: int) -> Parts:
+    sde, p, diagonal = problem.sde, dict(problem.sde.params), problem.sde.noise_type == "diagonal"
+    y = problem.initial({}).detach()
+    y, h = y.expand(PATHS, *y.shape), problem.step_size({}).detach()
+    move = {k: 1.0 + v.detach().abs() for k, v in p.items()}
+    noisy, spans = torch.zeros(y.shape[1:], dtype=torch.bool, device=y.device), diagonal
+
+    def spread(q: Params) -> Tensor:
+        return increments(Dynamics(sde, q, problem.t0, h), n, y)[1]
+
+    with torch.no_grad():
+        for n in range(problem.n_steps):
+            s, *turned = jvp(spread, (p,), (move,)) if p else (spread(p),)
+            for x in (s, *turned):
+                noisy |= (x != 0).any(0) if diagonal else (x != 0).any(-1).any(0)
+            if not spans and bool(noisy.any()):
+                spans = _reaches(s[:, noisy])
+            z = Philox(0, PROBE_STREAM).normals(0, PATHS, n, 1, noise_dim, dtype=y.dtype, device=y.device)[0]
+            y = y + increments(Dynamics(sde, p, problem.t0, h), n, y)[0] + noise_product(sde, s, z)
     return Parts(noisy, spans, diagonal)
 
 
-def reached(problem: Problem, theta: Theta, noise_dim: int, where: str) -> Parts:
+def _reaches(S: Tensor) -> bool:
+    """Whether on some path the noise S (B, k, m) reaches every one of k directions."""
+    size = S.norm(dim=-1, keepdim=True)
+    sound = (size > 0).all(1).flatten() & torch.isfinite(size).all(1).flatten()
+    S = S[sound] / size[sound]
+    return S.shape[1] <= S.shape[2] and bool((torch.linalg.svdvals(S)[:, -1:] > SPAN).any())
+
+
+def strays(parts: Parts, s: Tensor) -> Tensor:
+    """Whether a component that was taken for one without noise has some here, shape (B,)."""
+    moved = (s != 0) if parts.diagonal else (s != 0).any(-1)
+    return (moved & ~parts.noisy).flatten(1).any(1)
+
+
+def reached(problem: Problem, noise_dim: int, where: str) -> Parts:
     """The parts of the state, if the noise reaches every direction of the noisy components.
 
     Raises
     ------
     MethodError
     """
-    parts = parts_of(problem, theta, noise_dim, where)
+    parts = parts_of(problem, noise_dim, where)
     if not parts.spans:
         raise MethodError(
             f"{where} needs noise in every direction of the components that have some, and here it reaches fewer: use "
@@ -108,7 +141,7 @@ def check_span(problem: Problem, theta: Theta, noise_dim: int, where: str) -> Pa
     Where the noise does not reach every direction, [sigma, m_theta] must have the rank of sigma, and sigma itself may not
     depend on theta: else the laws at two parameter values are mutually singular, and there is no likelihood ratio.
     """
-    parts = parts_of(problem, theta, noise_dim, where)
+    parts = parts_of(problem, noise_dim, where)
     if parts.spans:
         return parts
     rows = parts.rows
@@ -123,6 +156,11 @@ def check_span(problem: Problem, theta: Theta, noise_dim: int, where: str) -> Pa
 
             moved = start.expand_as(y) if n == 0 else torch.zeros_like(y)
             (_, s), (mean, turned) = jvp(law, (dict(theta), y), (unit, moved))
+            if bool(mean[:, ~parts.noisy].any()):  # what it moves there would have to be followed from step to step
+                raise MethodError(
+                    f"{where} cannot be used for {name!r}: {len(rows)} components are driven by noise of fewer directions, and "
+                    f"{name!r} moves a component without noise beside them. Use method='pathwise' if the functional does not jump."
+                )
             S, mean, turned = s[:, rows], mean[:, rows], turned[:, rows]
             off = mean - (S @ (torch.linalg.pinv(S, rtol=SPAN) @ mean[..., None]))[..., 0]
             if bool(turned.any()) or bool((off.norm(dim=-1) > SPAN * mean.norm(dim=-1)).any()):

@@ -27,7 +27,7 @@ from sdesens.problem import Problem, Theta
 from sdesens.sde import noise_product
 from sdesens.sensitivity.pathwise import pathwise
 from sdesens.sensitivity.tile import Contributions, Tile
-from sdesens.sensitivity.transition import Parts, increments, linear_log_density, reached
+from sdesens.sensitivity.transition import Parts, increments, linear_log_density, reached, strays
 
 
 def vibrato(tile: Tile, theta: Theta, *, draws: int = 4) -> Contributions:
@@ -50,7 +50,7 @@ def vibrato(tile: Tile, theta: Theta, *, draws: int = 4) -> Contributions:
     if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
         raise ArgumentError(f"`draws` must be a positive int, got {draws!r}: 4 is a fair number of pairs a path.")
     theta = {k: v.detach() for k, v in theta.items()}
-    parts = reached(tile.problem, theta, tile.noise_dim, "method='vibrato'")
+    parts = reached(tile.problem, tile.noise_dim, "method='vibrato'")
     return pathwise(replace(tile, measure=Vibrato(tile.problem, parts, draws)), theta)
 
 
@@ -104,7 +104,7 @@ class Vibrato(LastStep):
             for x in (mean + step, mean - step):
                 here = f(x)
                 log_q, alive = linear_log_density(self.parts, x.detach(), mean, s)
-                weight = torch.where(alive, (here - middle).detach(), torch.nan)
+                weight = torch.where(alive & ~strays(self.parts, s), (here - middle).detach(), torch.nan)
                 value, score = value + here, score + weight * log_q
         n = 2 * len(own)
         return value / n + (score - score.detach()) / n

@@ -37,7 +37,7 @@ from sdesens.integrate.chunk import Dynamics
 from sdesens.problem import Theta
 from sdesens.sde import noise_product
 from sdesens.sensitivity.tile import Tile
-from sdesens.sensitivity.transition import Parts, increments, linear_log_density, right_inverse
+from sdesens.sensitivity.transition import Parts, increments, linear_log_density, right_inverse, strays
 from sdesens.tensors import basis, jvp
 
 
@@ -185,6 +185,7 @@ def _weigh(
 
     drift, s = law(theta, y)
     inverse, alive = right_inverse(parts, s)
+    stray = strays(parts, s)
     still = {k: torch.zeros_like(v) for k, v in theta.items()}
 
     def along(unit: Theta, V: Tensor, T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,6 +196,7 @@ def _weigh(
         u = V + torch.where(parts.noisy, drift_p, 0.0)
         pushed = ((u != 0) & parts.noisy).flatten(1).any(1) | (turned != 0).flatten(1).any(1)
         gain = torch.where(alive, _contract(parts, inverse, u, turned, z), torch.where(pushed, torch.nan, 0.0))
+        gain = torch.where(stray, torch.nan, gain)
         return V, T + torch.where(parts.noisy, 0.0, drift_p + length * drift_y), gain
 
     return y + drift + noise_product(sde, s, z), *each(along, units, taken, clean)
@@ -212,10 +214,11 @@ def _contract(parts: Parts, inverse: Tensor, u: Tensor, turned: Tensor, z: Tenso
 def _solved(parts: Parts, dynamics: Dynamics, n: int, y: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     """The normals that take y to `goal` in its noisy components, (B, m), and the log density of that step."""
     drift, s = increments(dynamics, n, y)
-    inverse, _ = right_inverse(parts, s)
+    inverse, alive = right_inverse(parts, s)
     gap = goal - y - drift
     if parts.diagonal:
         z = (inverse * gap).flatten(1)
     else:
         z = (inverse @ gap.index_select(1, parts.rows)[..., None])[..., 0]
+    z = torch.where((alive & ~strays(parts, s))[:, None], z, torch.nan)  # without noise nothing takes it there
     return z, linear_log_density(parts, goal, y + drift, s)[0]
