@@ -182,6 +182,8 @@ JUMPS = {
     "drift that jumps": ou(lambda ys, p: X(ys), drift=lambda t, y, p: p["kappa"] * (1 - 1.5 * above(y, p["m"]))),
     "regime of the volatility": ou(lambda ys, p: X(ys) ** 2, diffusion=lambda t, y, p: p["sigma"] * (0.5 + 0.5 * above(y, 0.8))),
     "rounded state in the drift": ou(lambda ys, p: X(ys), drift=lambda t, y, p: p["kappa"] * (p["m"] - torch.round(4 * y) / 4)),
+    "drift rounded finely": ou(lambda ys, p: X(ys), drift=lambda t, y, p: p["kappa"] * (p["m"] - torch.round(200 * y) / 200)),
+    "rounded at every date": ou(lambda ys, p: (torch.round(ys[:, :, 0] / 0.02) * 0.02 + ys[:, :, 0]).mean(0)),
     "tail of a Laplace": ou(lambda ys, p: Laplace(1.0)(ys, p) * above(X(ys), 0.2)),
 }  # fmt: skip
 

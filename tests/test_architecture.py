@@ -14,15 +14,16 @@ MAY_IMPORT = {
     "sde": {"errors", "tensors"},
     "rewrite": {"errors", "tensors", "sde"},
     "problem": {"errors", "tensors", "sde"},
-    "functionals": {"errors", "tensors", "sde", "last_step"},
+    "functionals": {"errors", "tensors", "sde"},
     "integrate": {"errors", "tensors", "noise", "sde", "rewrite", "problem"},
     "sensitivity": {"errors", "tensors", "noise", "sde", "rewrite", "problem", "integrate"},
     "estimate": {"errors", "tensors"},
-    "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals", "last_step"},
+    "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals"},
 }
-for alone in ("memory", "tables", "jumps", "zoom", "tails", "last_step"):  # these know nothing of SDEs
+for alone in ("memory", "tables", "jumps", "zoom", "tails"):  # these know nothing of SDEs
     MAY_IMPORT[alone] = set()
-MAY_IMPORT["audit"] = MAY_IMPORT["sensitivity"] | {"sensitivity", "zoom"}
+MAY_IMPORT["closer"] = {"problem", "zoom"}
+MAY_IMPORT["audit"] = MAY_IMPORT["sensitivity"] | {"sensitivity", "zoom", "closer"}
 MAY_IMPORT["applicable"] = MAY_IMPORT["audit"] | {"audit"}
 MAY_IMPORT["auto"] = MAY_IMPORT["applicable"] | {"applicable"}
 MAY_IMPORT["blocks"] = MAY_IMPORT["sensitivity"] | {"sensitivity", "estimate", "tails"}

@@ -584,3 +584,112 @@ def test_a_drift_that_jumps_leaves_the_likelihood_ratio_alone():
     assert abs(float(found.gradient["a"].mean - wide.gradient["a"].mean)) < 4.5 * error + 0.01
     with pytest.raises(JumpError, match="that path's density"):
         sensitivity(problem, n_paths=1000, method="likelihood_ratio", wrt="c")
+
+
+# What hostile use found
+
+
+def test_noise_that_begins_late_or_is_turned_on_by_a_parameter_is_noise():
+    late = SDE(
+        lambda t, y, p: -p["a"] * y,
+        lambda t, y, p: p["s"] * ((t > 0.1) & (t < 0.4)) * torch.ones_like(y),
+        {"a": scalar(1.0), "s": scalar(0.5)},
+    )
+    problem = Problem(late, Moment(2), torch.ones(1, dtype=F64), (0.0, 1.0), 16)
+    for method in ("likelihood_ratio", "malliavin"):
+        with pytest.raises((MethodError, NonFiniteError), match="the noise vanishes"):
+            sensitivity(problem, n_paths=100, method=method)
+    # a volatility that is zero has a derivative all the same
+    off = SDE(lambda t, y, p: 0.1 * y, lambda t, y, p: p["s"] * y, {"s": scalar(0.0)})
+    with pytest.raises((MethodError, NonFiniteError)):
+        sensitivity(replace(problem, sde=off), n_paths=100, method="likelihood_ratio")
+
+
+def test_a_start_that_moves_a_step_without_noise_is_refused():
+    sde = SDE(lambda t, y, p: -y + 0 * p["m"], lambda t, y, p: (t >= 0.25) * torch.ones_like(y), {"m": scalar(0.5)})
+    problem = Problem(sde, Moment(1), lambda p: (2 * p["m"])[None], (0.0, 1.0), 16)
+    with pytest.raises(MethodError, match="the noise vanishes"):
+        sensitivity(problem, n_paths=100, method="likelihood_ratio")
+
+
+def test_a_clean_component_does_not_hide_a_missing_direction():
+    """dX1 = C dt + dW, dX2 = -C dt + dW, dC = th dt: th moves X1 - X2, which has no noise."""
+
+    def drift(t, y, p):
+        return torch.stack((y[:, 2], -y[:, 2], p["th"] + 0 * y[:, 0]), 1)
+
+    def diffusion(t, y, p):
+        return torch.tensor([1.0, 1.0, 0.0], dtype=F64).expand(len(y), 3)[..., None]
+
+    sde = SDE(drift, diffusion, {"th": scalar(1.0)}, noise_type="scalar")
+    problem = Problem(sde, lambda ys, p: (ys[-1, :, 0] - ys[-1, :, 1]) ** 2, torch.zeros(3, dtype=F64), (0.0, 1.0), 8)
+    with pytest.raises(MethodError, match="'th' moves a component without noise"):
+        sensitivity(problem, n_paths=100, method="likelihood_ratio")
+
+
+@dataclass(frozen=True)
+class Wrong:
+    kind = "kink"
+    what: str = "mean"
+
+    def __call__(self, ys, p):
+        return ys[-1, :, 0].clamp(min=0)
+
+    def conditional(self, ys, covariance, p):
+        return {"mean": 3 * ys[-1, :, 0], "shape": ys[-1], "none": None}[self.what]
+
+    def rewards(self, ys, p):
+        return ys[:, :, 0] if self.what == "mean" else ys[-1, :, 0]
+
+
+def test_declarations_are_held_against_the_functional():
+    problem = OU(n_steps=4).problem(1)
+    with pytest.raises(MethodError, match="is not the functional's expectation over the last step"):
+        sensitivity(replace(problem, functional=Wrong()), n_paths=100, method="conditional")
+    for what in ("shape", "none"):
+        with pytest.raises(ArgumentError, match="must return one number a path"):
+            sensitivity(replace(problem, functional=Wrong(what)), n_paths=100, method="conditional")
+    with pytest.raises(MethodError, match="does not add up to the functional"):
+        sensitivity(replace(problem, functional=Wrong()), n_paths=100, method="likelihood_ratio")
+    with pytest.raises(ArgumentError, match=r"a tensor of shape \(T, B\)"):
+        sensitivity(replace(problem, functional=Wrong("shape")), n_paths=100, method="likelihood_ratio")
+    assert sensitivity(replace(problem, functional=Wrong()), n_paths=2000, method="auto").method != "conditional"
+
+
+def test_auto_leaves_the_bridge_of_a_barrier_to_those_who_name_it():
+    from sdesens.models import barrier
+
+    found = sensitivity(barrier(n_steps=4).problem, n_paths=2000, method="auto")
+    assert found.method != "conditional"
+    assert "another number" in found.tried["conditional"].refused
+
+
+def test_runs_of_other_functionals_do_not_merge():
+    problem = gbm_digital(n_steps=2).problem
+    one = sensitivity(problem, n_paths=100, method="likelihood_ratio")
+    two = sensitivity(
+        replace(problem, functional=replace(problem.functional, strike=130.0)),
+        n_paths=100,
+        first_path=100,
+        method="likelihood_ratio",
+    )
+    with pytest.raises(ArgumentError, match="one problem"):
+        merge(one, two)
+
+
+def test_names_that_results_need_are_refused():
+    for name in ("value", "a, b"):
+        with pytest.raises(ArgumentError, match="rename it"):
+            SDE(lambda t, y, p: y, lambda t, y, p: y, {name: scalar(1.0)})
+
+
+def test_warnings_point_at_the_caller():
+    with pytest.warns(HeavyTailWarning) as said:
+        sensitivity(cir(**FELLER, mean=True).problem, n_paths=20_000, method="forward", wrt="sigma", audit=False)
+    assert said[0].filename == __file__
+
+
+def test_a_rare_payoff_is_no_heavy_tail():
+    """One path in 200 pays: the smallest payoffs are no tail."""
+    found = sensitivity(gbm_call(strike=150.0, n_steps=4).problem, n_paths=100_000, method="likelihood_ratio", seed=1)
+    assert found.unreliable == ()
