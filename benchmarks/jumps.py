@@ -11,7 +11,6 @@ Exit status 1 if one fails. The measurements are those of the tests, in tests/me
 """
 
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from audit_cases import CASES, confusion
-from bars import Row, below, within
+from bars import Row, below, main, within
 from measure_jumps import (
     FELLER,
     exactly,
@@ -140,17 +139,5 @@ def tails() -> Iterator[Row]:
 BARS = {1: audits, 2: black_scholes, 3: slopes, 4: choices, 5: gammas, 6: tails}
 
 
-def main(chosen: list[str]) -> int:
-    failed = 0
-    for number in map(int, chosen) if chosen else BARS:
-        began = time.perf_counter()
-        for what, figure, limit, ok in BARS[number]():
-            failed += not ok
-            print(f"{number}, {what}, {figure:.4g}, {limit}, {'ok' if ok else 'FAILED'}", flush=True)
-        print(f"# bar {number}: {time.perf_counter() - began:.0f} s", flush=True)
-    print(f"# {failed} failed" if failed else "# all hold")
-    return 1 if failed else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], BARS))
