@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from sdesens.audit import Audit, Evaluate, look
-from sdesens.errors import HighVarianceWarning, JumpError, JumpWarning, SdesensError
+from sdesens.errors import DetachedError, HighVarianceWarning, JumpError, JumpWarning, SdesensError
 from sdesens.integrate import euler
 from sdesens.noise import Noise, Philox
 from sdesens.problem import Problem, Theta
@@ -109,6 +109,15 @@ class Case:
             spreads = (tile.values(self.theta, ys).std(), ys[-1].std(0))
         value, states = (torch.where(torch.isfinite(x) & (x > 0), x, 1.0) for x in spreads)
         return value, states
+
+    @property
+    def detached(self) -> bool:
+        """Whether the functional is cut off from the path, as a comparison is."""
+        try:
+            check_problem(self.problem, self.theta)
+        except DetachedError:
+            return True
+        return False
 
     def refusal(self, method: str) -> str | None:
         """Why a method cannot be used, for want of noise, of a declaration, or because what it differentiates jumps."""

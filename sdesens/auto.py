@@ -10,6 +10,7 @@ between machines, and between two runs where two methods are close; name the met
 """
 
 import math
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ class Trial:
         return {"work": self.work, "refused": self.refused}
 
     def __repr__(self) -> str:
-        return f"refused ({self.refused.split(': ')[0].split('. ')[0]:.70})" if self.refused else f"{self.work:.3g}"
+        why = textwrap.shorten(self.refused.split(". ")[0], 90, placeholder=" ...")
+        return f"refused ({why})" if self.refused else f"{self.work:.3g}"
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ def crosscheck(
     refused = tuple(m for m in chosen if m in ALONG) if case.plain.kind == "jump" else ()
     sound = [m for m in chosen if m not in refused] or chosen
     reference = "pathwise" if "pathwise" in sound else sound[0]
-    refine = refine and not refused
+    refine = refine and case.plain.kind != "jump"
     names = tuple(theta)
     results: dict[str, Sensitivity] = {}
     memory: dict[str, int | None] = {}
@@ -259,7 +259,8 @@ def _choose(methods: Sequence[str] | None, theta: Theta, case: Case) -> tuple[li
         order = ("conditional", "vibrato", "malliavin", "likelihood_ratio")
         reasons = {m: case.refusal(m) for m in order}
         skipped = {m: why.split(": ")[0] for m, why in reasons.items() if why is not None}
-        return ["pathwise", "forward", *(m for m in order if reasons[m] is None)], skipped
+        along = [] if case.detached else ["pathwise", "forward"]  # to show what they miss
+        return [*along, *(m for m in order if reasons[m] is None)], skipped
     if methods is None:
         skipped = {}
         if case.problem.sde.step is not None:

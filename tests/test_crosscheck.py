@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdesens import SDE, Answer, Problem, crosscheck, sensitivity
-from sdesens.errors import ArgumentError, NonFiniteError, ZeroGradientWarning
+from sdesens.errors import ArgumentError, NonFiniteError, SdesensError, ZeroGradientWarning
 from sdesens.models import MODELS, barrier, gbm, gbm_digital, ou
 from sdesens.sensitivity.adjoint import adjoint
 from sdesens.sensitivity.pathwise import pathwise
@@ -238,3 +238,15 @@ def _scaled(contributions, factor):
 
 def test_problem_type_is_kept():
     assert isinstance(gbm(n_steps=8).problem, Problem)
+
+
+def test_a_comparison_is_answered_without_routes_along_the_path():
+    """A bare comparison cuts F off from the graph: nothing along the path to show, and the methods for jumps apply."""
+    known = gbm_digital(log=True, n_steps=4)
+    bare = dataclasses.replace(known.problem, functional=lambda ys, p: (ys[-1, :, 0] > math.log(100.0)).double())
+    check = crosscheck(bare, n_paths=4000, wrt=("s0", "sigma"))
+    assert check.ok
+    assert check.reference == "vibrato"
+    assert set(check.results) == {"vibrato", "malliavin", "likelihood_ratio"}
+    with pytest.raises(SdesensError, match="method='auto'"):
+        sensitivity(bare, n_paths=100, wrt="s0")

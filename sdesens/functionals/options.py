@@ -88,8 +88,8 @@ class Put:
 class Digital:
     """discount 1{S_T > strike}: a jump. The pathwise derivative through S_T is 0 on every path, and wrong.
 
-    Parameters as in `Call`. The value at the strike itself is 1/2. It stays in the graph, with derivative 0, so that a run
-    warns (ZeroGradientWarning) instead of failing; the derivative through the discount alone is right.
+    Parameters as in `Call`. The value at the strike itself is 1/2. It stays in the graph, with derivative 0:
+    `sensitivity` refuses to differentiate it along the path; the derivative through the discount alone is right.
 
     Example
     -------

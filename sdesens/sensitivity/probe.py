@@ -165,8 +165,9 @@ def _check_functional(problem: Problem, theta: Theta, noise_dim: int, differenti
             return
         raise DetachedError(
             "`functional(ys, p)` returned a tensor that is cut off from the path and from the parameters (a comparison, "
-            "detach(), .item(), numpy, or a cast): its gradient would be missing, not zero. Smooth it, or use "
-            "method='finite_difference' with a wide relative_step, such as 0.01."
+            "detach(), .item(), numpy, or a cast): its gradient would be missing, not zero. If it jumps, use "
+            "method='auto', which tries the methods for jumps; else smooth it, or use method='finite_difference' with a wide "
+            "relative_step, such as 0.01."
         )
     ones = torch.ones_like(values)
     found = torch.autograd.grad(values, list(leaves.values()), ones, allow_unused=True)
