@@ -41,6 +41,7 @@ def last(ys: Tensor, covariance: Tensor, component: int) -> tuple[Tensor, Tensor
 
 
 def no_formula(what: str, which: str, remedy: str) -> MethodError:
+    """The error of a payoff whose expectation over the last step is not known."""
     return MethodError(
         f"`{what}` has no closed form over the last step: {which} is neither Gaussian nor log-Gaussian there. To have one, "
         f"{remedy}; or take a method that does not average over the last step."

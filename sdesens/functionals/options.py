@@ -13,7 +13,35 @@ from sdesens.sde import Params
 
 
 @dataclass(frozen=True)
-class Call:
+class Vanilla:
+    """discount (sign (S_T - strike))^+, what `Call` and `Put` are; parameters in `Call`."""
+
+    strike: float | str
+    component: int = 0
+    discount: float | Functional = 1.0
+    log: bool = False
+    kind: ClassVar[str] = "kink"
+    sign: ClassVar[float] = 1.0
+
+    def __call__(self, ys: Tensor, p: Params) -> Tensor:
+        gain = self.sign * (price(ys[-1], self.component, self.log) - number(self.strike, p))
+        return discounted(self.discount, ys, p) * gain.clamp(min=0)
+
+    def conditional(self, ys: Tensor, covariance: Tensor, p: Params) -> Tensor:
+        """Equation (2): the formula of Bachelier, or with `log` that of Black, of the last step.
+
+        Raises
+        ------
+        MethodError
+            If the last step moves the discount at random.
+        """
+        option = lognormal_option if self.log else normal_option
+        mean = option(*last(ys, covariance, self.component), number(self.strike, p), self.sign)
+        return known_discount(self.discount, ys, covariance, p) * mean
+
+
+@dataclass(frozen=True)
+class Call(Vanilla):
     """discount (S_T - strike)^+.
 
     Parameters
@@ -33,31 +61,9 @@ class Call:
     tensor([ 0., 20.])
     """
 
-    strike: float | str
-    component: int = 0
-    discount: float | Functional = 1.0
-    log: bool = False
-    kind: ClassVar[str] = "kink"
-
-    def __call__(self, ys: Tensor, p: Params) -> Tensor:
-        gain = price(ys[-1], self.component, self.log) - number(self.strike, p)
-        return discounted(self.discount, ys, p) * gain.clamp(min=0)
-
-    def conditional(self, ys: Tensor, covariance: Tensor, p: Params) -> Tensor:
-        """Equation (2): the formula of Bachelier, or with `log` that of Black, of the last step.
-
-        Raises
-        ------
-        MethodError
-            If the last step moves the discount at random.
-        """
-        option = lognormal_option if self.log else normal_option
-        mean = option(*last(ys, covariance, self.component), number(self.strike, p))
-        return known_discount(self.discount, ys, covariance, p) * mean
-
 
 @dataclass(frozen=True)
-class Put:
+class Put(Vanilla):
     """discount (strike - S_T)^+. Parameters as in `Call`.
 
     Example
@@ -67,21 +73,7 @@ class Put:
     tensor([10.,  0.])
     """
 
-    strike: float | str
-    component: int = 0
-    discount: float | Functional = 1.0
-    log: bool = False
-    kind: ClassVar[str] = "kink"
-
-    def __call__(self, ys: Tensor, p: Params) -> Tensor:
-        gain = number(self.strike, p) - price(ys[-1], self.component, self.log)
-        return discounted(self.discount, ys, p) * gain.clamp(min=0)
-
-    def conditional(self, ys: Tensor, covariance: Tensor, p: Params) -> Tensor:
-        """Equation (2), as in `Call`, with its error."""
-        option = lognormal_option if self.log else normal_option
-        mean = option(*last(ys, covariance, self.component), number(self.strike, p), -1.0)
-        return known_discount(self.discount, ys, covariance, p) * mean
+    sign: ClassVar[float] = -1.0
 
 
 @dataclass(frozen=True)

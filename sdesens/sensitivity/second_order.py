@@ -36,7 +36,7 @@ from sdesens.sensitivity.malliavin import check_window
 from sdesens.sensitivity.tile import Contributions, Tile
 from sdesens.sensitivity.transition import Parts, reached
 from sdesens.sensitivity.weights import Rows, first_order
-from sdesens.tensors import basis, jvp
+from sdesens.tensors import basis, jvp, split
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def parts_for(tile: Tile, theta: Theta, pair: Pair, window: int | None = None) -
 def named(gradients: Tensor, H: Tensor, theta: Theta) -> dict[str, Tensor]:
     """First derivatives (B, P) and second ones (B, P, P) by the names of parameters."""
     sizes = [v.numel() for v in theta.values()]
-    found = {k: g.reshape(-1, *v.shape) for g, (k, v) in zip(gradients.split(sizes, 1), theta.items(), strict=True)}
+    found = split(gradients, theta)
     rows = dict(zip(theta, H.split(sizes, 1), strict=True))
     names = list(theta)
     for i, a in enumerate(names):
