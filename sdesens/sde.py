@@ -20,15 +20,12 @@ Shapes: y is (B, *event), paths first. What `diffusion` returns depends on `nois
 """
 
 import inspect
-import operator
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from sdesens.errors import (
     ArgumentError,
@@ -39,6 +36,7 @@ from sdesens.errors import (
     ShapeError,
     UnknownParameterError,
 )
+from sdesens.modules import Lent
 
 Params = Mapping[str, Tensor]
 Coefficient = Callable[[Tensor, Tensor, Params], Tensor]
@@ -186,46 +184,15 @@ def as_sde(module) -> SDE:
     return SDE(drift, diffusion, params, noise_type=module.noise_type, sde_type=module.sde_type)
 
 
-_MODULES = threading.RLock()
-
-
 class _Method:
-    """A method of a torchsde-style object as a function of (t, y, p).
-
-    Other parameters are lent to the module for the length of a call. It is one module for all threads, so they take turns.
-    """
+    """A method of a torchsde-style object as a function of (t, y, p)."""
 
     def __init__(self, module, params: Params, method: str, part: int | None = None):
-        self.module, self.names, self.method, self.part = module, tuple(params), method, part
+        self.lent, self.part = Lent(module, tuple(params), method), part
 
     def __call__(self, t, y, p):
-        if torch.compiler.is_compiling():
-            return self._evaluate(t, y, p)
-        with _MODULES:
-            return self._evaluate(t, y, p)
-
-    def _evaluate(self, t, y, p):
-        if all(p[name] is self._held(name) for name in self.names):  # the module's own: nothing to lend
-            out = getattr(self.module, self.method)(t, y)
-        else:
-            lent = {f"module.{name}": p[name] for name in self.names}
-            out = functional_call(_Dispatch(self.module), lent, (self.method, t, y))
+        out = self.lent(p, t, y)
         return out if self.part is None else out[self.part]
-
-    def _held(self, name: str):
-        """The parameter that the module holds at this moment."""
-        return operator.attrgetter(name)(self.module)
-
-
-class _Dispatch(nn.Module):
-    """`functional_call` reaches `forward` only; this hands the call on to another method."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, method, t, y):
-        return getattr(self.module, method)(t, y)
 
 
 def require_ito(sde: SDE, where: str) -> None:

@@ -11,7 +11,7 @@ MAY_IMPORT = {
     "errors": set(),
     "tensors": {"errors"},
     "noise": {"errors", "tensors"},
-    "sde": {"errors", "tensors"},
+    "sde": {"errors", "tensors", "modules"},
     "rewrite": {"errors", "tensors", "sde"},
     "problem": {"errors", "tensors", "sde"},
     "functionals": {"errors", "tensors", "sde"},
@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "estimate": {"errors", "tensors"},
     "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals"},
 }
-for alone in ("memory", "tables", "jumps", "zoom", "tails"):  # these know nothing of SDEs
+for alone in ("memory", "modules", "tables", "jumps", "zoom", "tails"):  # these know nothing of SDEs
     MAY_IMPORT[alone] = set()
 MAY_IMPORT["closer"] = {"problem", "zoom"}
 MAY_IMPORT["audit"] = MAY_IMPORT["sensitivity"] | {"sensitivity", "zoom", "closer"}
