@@ -118,3 +118,11 @@ class HeavyTailWarning(UserWarning):
 
 class SlowPathWarning(UserWarning):
     """The result is right, but a slower way had to be taken to it."""
+
+
+class PriorGapWarning(UserWarning):
+    """A diffusion schedule leaves so much signal at its end that sampling would start from the wrong law."""
+
+
+class MemoryWarning(UserWarning):
+    """A sampler remembers its starting noise, so that tuning it by adjoint matching aims at the wrong law."""

@@ -33,6 +33,7 @@ MAY_IMPORT["hessian"] = MAY_IMPORT["montecarlo"] | {"montecarlo"}
 MAY_IMPORT["refinement"] = MAY_IMPORT["montecarlo"]
 MAY_IMPORT["verdict"] = MAY_IMPORT["montecarlo"] | {"montecarlo", "refinement"}
 MAY_IMPORT["crosscheck"] = MAY_IMPORT["verdict"] | {"verdict", "memory", "tables"}
+MAY_IMPORT["diffusion"] = MAY_IMPORT["hessian"] | {"modules"}
 MAY_IMPORT["examples"] = MAY_IMPORT["crosscheck"] | {"estimators"}
 MAY_IMPORT["plot"] = MAY_IMPORT["crosscheck"] | {"estimators"}
 MAY_IMPORT["cli"] = MAY_IMPORT["plot"] | {"crosscheck", "plot", "models"}

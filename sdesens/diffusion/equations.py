@@ -1,0 +1,165 @@
+"""The forward process, the reverse SDE and the probability-flow ODE as SDEs of the core.
+
+With u = f x - g^2 s / 2 the velocity of the probability-flow ODE and s = -eps / sigma,
+
+    forwards    dx = [u + eta^2/2 g^2 s] dt + eta g dW                                            (1)
+    backwards   dx = -[u - eta^2/2 g^2 s] dr + eta g dW,      dt = -dr                            (2)
+
+(`Schedule.as_sde`). A sampler's grid is a clock for (2): with the step number k as time, t falls along straight lines
+from grid[k] to grid[k + 1], and Euler-Maruyama with dk = 1 is Euler-Maruyama on that grid. This file integrates nothing.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from sdesens.diffusion.predict import Predictor, combine
+from sdesens.diffusion.schedule import like
+from sdesens.errors import ArgumentError, ArgumentTypeError
+from sdesens.sde import SDE, Params
+from sdesens.tensors import concrete
+
+if TYPE_CHECKING:
+    from sdesens.diffusion.schedule import Schedule
+
+
+class Clock(Protocol):
+    """The model's time as a function of an SDE's own."""
+
+    def __call__(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The time t, and the speed |dt/ds|, both float64."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reversed:
+    """t = t_max - s."""
+
+    t_max: float
+
+    def __call__(self, s):
+        s = s.to(torch.float64)
+        return (self.t_max - s).clamp(0.0, self.t_max), torch.ones_like(s)
+
+
+@dataclass(frozen=True, eq=False)
+class Backwards:
+    """Coefficients of equation (2) on a clock."""
+
+    denoiser: Predictor
+    clock: Clock
+
+    def drift(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
+        """-[u - eta^2/2 g^2 s], per unit of the clock."""
+        denoiser = self.denoiser.with_params(p)
+        time, speed = self.clock(t)
+        return -like(speed, x) * velocity(denoiser, x, time, -(p["eta"] ** 2))
+
+    def diffusion(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
+        """eta g, per square root of the clock's unit."""
+        time, speed = self.clock(t)
+        schedule = self.denoiser.schedule.with_params(p)
+        return like(p["eta"] * schedule.g(time) * speed.sqrt(), x).expand_as(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Forwards:
+    """Coefficients of equation (1)."""
+
+    denoiser: Predictor
+
+    def drift(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
+        """u + eta^2/2 g^2 s."""
+        return velocity(self.denoiser.with_params(p), x, t, p["eta"] ** 2)
+
+    def diffusion(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
+        """eta g."""
+        return like(p["eta"] * self.denoiser.schedule.with_params(p).g(t), x).expand_as(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """Coefficients of the forward process itself."""
+
+    schedule: "Schedule"
+
+    def drift(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
+        """f x."""
+        return like(self.schedule.with_params(p).f(t), x) * x
+
+    def diffusion(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
+        """g."""
+        return like(self.schedule.with_params(p).g(t), x).expand_as(x)
+
+
+def velocity(denoiser: Predictor, x: Tensor, t: Tensor, eta2: Tensor | float) -> Tensor:
+    """u + eta2 g^2 s / 2, (B, *event), from one evaluation of the denoiser."""
+    schedule = denoiser.schedule
+    t = schedule.time(t)
+    up = schedule.rates(t)
+    if isinstance(eta2, Tensor) or eta2:  # for eta = 0 the coefficients stay finite where those of the SDE do not
+        up = up[0], up[1] - eta2 * schedule.g2(t) / (2 * schedule.sigma(t))
+    return combine(*denoiser.pair(x, t), up)
+
+
+def forward_sde(schedule: "Schedule", denoiser: Predictor | None, eta) -> SDE:
+    """See `Schedule.as_sde`."""
+    eta = check_eta(eta)
+    if denoiser is None:
+        if not (concrete(eta) and float(eta) == 1.0):
+            raise ArgumentError(
+                f"`eta` = {float(eta):g} needs the score: give `denoiser`; without one only eta = 1 is known."
+            )
+        plain = Plain(schedule)
+        return SDE(plain.drift, plain.diffusion, schedule.params)
+    check_denoiser(schedule, denoiser)
+    forwards = Forwards(denoiser)
+    return SDE(forwards.drift, forwards.diffusion, {**denoiser.params, "eta": eta})
+
+
+def reverse_sde(schedule: "Schedule", denoiser: Predictor | None, eta, clock: Clock | None = None) -> SDE:
+    """See `Schedule.as_sde`; on another clock if one is given."""
+    eta = check_eta(eta)
+    if denoiser is None:
+        raise ArgumentError("`reverse=True` needs the score: give `denoiser`, a network or an exact law's.")
+    check_denoiser(schedule, denoiser)
+    if clock is None:
+        require_finite(schedule, schedule.t_max, eta)
+        clock = Reversed(schedule.t_max)
+    backwards = Backwards(denoiser, clock)
+    return SDE(backwards.drift, backwards.diffusion, {**denoiser.params, "eta": eta})
+
+
+def require_finite(schedule: "Schedule", start: float, eta: Tensor) -> None:
+    """Raise ArgumentError if the reverse SDE has infinite coefficients where it starts."""
+    g2 = schedule.g2(start)
+    if concrete(g2) and not (float(g2) < 1e12):
+        raise ArgumentError(
+            f"at t = {start:g} no signal is left in {schedule!r}, and g is infinite: for the SDE start sooner (CondOT(end=0.999), "
+            "Cosine(min_log_snr=-20)), or sample by ddim."
+        )
+
+
+def check_eta(eta) -> Tensor:
+    """eta as a 0-dim tensor; raise ArgumentError unless it is >= 0."""
+    if not isinstance(eta, Tensor):
+        if isinstance(eta, bool) or not isinstance(eta, int | float):
+            raise ArgumentTypeError(f"`eta` must be a number or a 0-dim tensor, got {eta!r}.")
+        eta = torch.tensor(float(eta), dtype=torch.float64)
+    if eta.dim() or (concrete(eta) and not float(eta) >= 0):
+        raise ArgumentError(f"`eta` must be one number >= 0, got {eta.tolist()}: 0 is the ODE, 1 the reverse SDE.")
+    return eta
+
+
+def check_denoiser(schedule: "Schedule", denoiser) -> None:
+    """Raise unless the denoiser is one, for this schedule."""
+    if not isinstance(denoiser, Predictor):
+        raise ArgumentTypeError(
+            f"`denoiser` must be a Denoiser, got {type(denoiser).__name__}: Denoiser(net, schedule, prediction) says what a network predicts."
+        )
+    if not denoiser.schedule.same_as(schedule):
+        raise ArgumentError(
+            f"`denoiser` was made for {denoiser.schedule!r}, not for {schedule!r}: use its own schedule."
+        )

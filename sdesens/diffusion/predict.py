@@ -1,0 +1,329 @@
+"""What a network predicts, and how one prediction becomes another.
+
+A network returns a combination of the clean data and the noise,
+
+    o = a x_0 + b eps,      x = alpha x_0 + sigma eps,                                            (1)
+
+so with D = alpha b - sigma a
+
+    x_0 = (b x - sigma o) / D,     eps = (alpha o - a x) / D,     |d eps| = |alpha / D| |d o|.    (2)
+
+    prediction   a                         b                       where
+    eps          0                         1
+    x0           1                         0
+    v            -sigma/n                  alpha/n                 n^2 = alpha^2 + sigma^2 (1 for VP)
+    score        0                         -1/sigma                s = grad log p_t
+    velocity     alpha'                    sigma'                  dx/dt of the probability-flow ODE
+    F            (1 - c_skip)/c_out        -c_skip r/c_out         r = sigma/alpha; preconditioning of Karras et al.
+
+F is what a preconditioned network returns: with data of standard deviation sd and z = x/alpha = x_0 + r eps,
+
+    x_0 = c_skip z + c_out F(c_in z, c_noise),   c_skip = sd^2/(r^2 + sd^2),   c_out = r sd/sqrt(r^2 + sd^2),
+    c_in = 1/sqrt(r^2 + sd^2),   c_noise = log(r)/4.                                               (3)
+
+With sd = 1, F is v up to its sign.
+
+References: J. Ho et al., 2006.11239 (eps); T. Salimans, J. Ho, 2202.00512 (v); T. Karras et al., 2206.00364 (F).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from sdesens.diffusion.schedule import ZERO_SNR, Schedule, like
+from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
+from sdesens.modules import Lent
+from sdesens.sde import Params, check_parameter
+from sdesens.tensors import concrete, describe
+
+NET = "net."
+
+
+def _of_v(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    n = torch.sqrt(alpha**2 + sigma**2)
+    return -sigma / n, alpha / n
+
+
+PREDICTIONS: dict[str, Callable[[Schedule, Tensor], tuple[Tensor, Tensor]]] = {
+    "eps": lambda schedule, t: (torch.zeros_like(t), torch.ones_like(t)),
+    "x0": lambda schedule, t: (torch.ones_like(t), torch.zeros_like(t)),
+    "v": _of_v,
+    "score": lambda schedule, t: (torch.zeros_like(t), -1 / schedule.sigma(t)),
+    "velocity": lambda schedule, t: schedule.rates(t),
+}
+NEEDS_SIGNAL = ("eps", "score")  # they are silent about x0 where alpha = 0
+OTHER_NAMES = {
+    "epsilon": "eps",
+    "noise": "eps",
+    "sample": "x0",
+    "v_prediction": "v",
+    "flow": "velocity",
+    "F": "sigma_data=",
+}
+
+
+def combination(prediction: str, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
+    """a and b of equation (1) at times t, float64."""
+    check_prediction(prediction)
+    return PREDICTIONS[prediction](schedule, schedule.time(t))
+
+
+def split(out: Tensor, x: Tensor, t: Tensor, schedule: Schedule, ab: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """x_0 and eps, equation (2), from a prediction with the coefficients ab."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    a, b = ab
+    D = alpha * b - sigma * a
+
+    def over(c: Tensor) -> Tensor:
+        return like(c / D, x)
+
+    return over(b) * x - over(sigma) * out, over(alpha) * out - over(a) * x
+
+
+def convert(out: Tensor, x: Tensor, t, schedule: Schedule, have: str, want: str) -> Tensor:
+    """One prediction from another, by equation (2).
+
+    Parameters
+    ----------
+    out, x : Tensor, shape (B, *event)
+        The prediction, and where it was made.
+    t : number, or Tensor of shape () or (B,)
+    have, want : {"eps", "x0", "v", "score", "velocity"}
+
+    Returns
+    -------
+    Tensor, shape (B, *event)
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP
+    >>> x, v = torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    >>> bool(torch.allclose(convert(v, x, 0.5, VP(), "v", "x0"), VP().alpha(0.5) * x))
+    True
+    """
+    if not isinstance(out, Tensor) or out.shape != x.shape:
+        raise ShapeError(f"`out` must have the shape of `x`, {tuple(x.shape)}, got {describe(out)}.")
+    t = above_zero(schedule, schedule.time(t))
+    if have in NEEDS_SIGNAL and concrete(t):
+        require_signal(schedule, t, f"converting from {have!r}")
+    x0, eps = split(out, x, t, schedule, combination(have, schedule, t))
+    return combine(x0, eps, combination(want, schedule, t))
+
+
+def combine(x0: Tensor, eps: Tensor, ab: tuple[Tensor, Tensor]) -> Tensor:
+    """a x_0 + b eps, equation (1)."""
+    a, b = ab
+    return like(a, x0) * x0 + like(b, x0) * eps
+
+
+class Predictor(ABC):
+    """What tells clean data and noise apart: a network, an exact law, or a combination of predictors.
+
+    It has a `schedule`, and is a pure function of x, t and its parameters.
+    """
+
+    schedule: Schedule
+
+    @abstractmethod
+    def pair(self, x: Tensor, t) -> tuple[Tensor, Tensor]:
+        """Estimates of x_0 and eps, each (B, *event), at x (B, *event) and t of shape () or (B,)."""
+
+    @property
+    @abstractmethod
+    def params(self) -> dict[str, Tensor]:
+        """All parameters by name, the schedule's among them."""
+
+    @abstractmethod
+    def with_params(self, p: Params) -> "Predictor":
+        """The same predictor at the values that p has for its parameters; other names are left alone."""
+
+    def x0(self, x: Tensor, t) -> Tensor:
+        """E[x_0 | x_t = x]: the denoised data, (B, *event)."""
+        return self.pair(x, t)[0]
+
+    def eps(self, x: Tensor, t) -> Tensor:
+        """E[eps | x_t = x], (B, *event)."""
+        return self.pair(x, t)[1]
+
+    def score(self, x: Tensor, t) -> Tensor:
+        """grad log p_t(x) = -eps / sigma, (B, *event)."""
+        return self._as("score", x, t)
+
+    def v(self, x: Tensor, t) -> Tensor:
+        """(alpha eps - sigma x_0) / sqrt(alpha^2 + sigma^2), (B, *event)."""
+        return self._as("v", x, t)
+
+    def velocity(self, x: Tensor, t) -> Tensor:
+        """alpha' x_0 + sigma' eps, the right-hand side of the probability-flow ODE, (B, *event)."""
+        return self._as("velocity", x, t)
+
+    def _as(self, prediction: str, x: Tensor, t) -> Tensor:
+        return combine(*self.pair(x, t), combination(prediction, self.schedule, self.schedule.time(t)))
+
+
+@dataclass(frozen=True, eq=False)
+class Denoiser(Predictor):
+    """A network together with what it predicts.
+
+    Parameters
+    ----------
+    net : nn.Module or callable (x, t) -> Tensor
+        x is (B, *event), t is (B,) in x's dtype; returns (B, *event). With `cond` it is called as net(x, t, cond), and a
+        function with `parameters` gets them last.
+    schedule : Schedule
+    prediction : {"eps", "x0", "v", "score", "velocity"}
+        What `net` returns.
+    sigma_data : float, instead of `prediction`
+        The network is preconditioned by equation (3), for data of this standard deviation: it is called with (c_in z,
+        c_noise) and returns F.
+    cond : Tensor, optional
+        The condition: shape (B, ...), or () for one that all rows share.
+    null : Tensor, optional
+        The condition that means "none", for classifier-free guidance.
+    parameters : mapping of str to Tensor, optional
+        Parameters of a network that is a function. An nn.Module brings its own. They are called "net.<name>".
+
+    Raises
+    ------
+    ArgumentError
+        For a prediction that says nothing about x_0 at the schedule's end, where no signal is left.
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP
+    >>> denoiser = Denoiser(lambda x, t: x * VP().sigma(t)[:, None], VP(), "eps")  # exact for N(0, I)
+    >>> x = torch.ones(2, 3, dtype=torch.float64)
+    >>> bool(torch.allclose(denoiser.score(x, 0.5), -x))
+    True
+    """
+
+    net: Callable[..., Tensor]
+    schedule: Schedule
+    prediction: str | None = None
+    sigma_data: float | Tensor | None = None
+    cond: Tensor | None = None
+    null: Tensor | None = None
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not callable(self.net):
+            raise ArgumentTypeError(f"`net` must be a module or a function of (x, t), got {self.net!r:.60}.")
+        if not isinstance(self.schedule, Schedule):
+            raise ArgumentTypeError(f"`schedule` must be a Schedule such as VP(), got {self.schedule!r:.60}.")
+        if (self.prediction is None) == (self.sigma_data is None):
+            raise ArgumentError(
+                "give `prediction`, what the network returns, or `sigma_data` for a preconditioned one."
+            )
+        if self.prediction is not None:
+            check_prediction(self.prediction)
+        elif self.sigma_data is not None and not 0 < float(self.sigma_data) < math.inf:
+            raise ArgumentError(
+                f"`sigma_data` must be positive, got {self.sigma_data!r}: it is the data's standard deviation."
+            )
+        if self.schedule.zero_terminal_snr and self.prediction in (*NEEDS_SIGNAL, None):
+            raise ArgumentError(
+                f"{self.schedule!r} has no signal left at t = {self.schedule.t_max:g}, so that {self.prediction or 'a preconditioned net'!r} says "
+                "nothing about x0 there: predict 'v', 'velocity' or 'x0', or end the schedule sooner (CondOT(end=0.999), "
+                "Cosine(min_log_snr=-20))."
+            )
+        if not isinstance(self.net, nn.Module):
+            for name, value in self.parameters.items():
+                check_parameter(name, value)
+        elif not self.parameters:
+            object.__setattr__(self, "parameters", dict(self.net.named_parameters()))
+
+    @property
+    def params(self):
+        return {**self.schedule.params, **{NET + k: v for k, v in self.parameters.items()}}
+
+    def with_params(self, p):
+        schedule = self.schedule.with_params(p)
+        found = {k: p[NET + k] for k, v in self.parameters.items() if NET + k in p and p[NET + k] is not v}
+        if schedule is self.schedule and not found:
+            return self
+        return replace(self, schedule=schedule, parameters={**self.parameters, **found})
+
+    def given(self, cond: Tensor) -> "Denoiser":
+        """The same denoiser under a condition: shape (B, ...), or () for one that all rows share."""
+        return replace(self, cond=torch.as_tensor(cond))
+
+    def raw(self, x: Tensor, t) -> Tensor:
+        """What the network returns, (B, *event): `prediction`, or F of equation (3)."""
+        t = self.schedule.time(t)
+        if self.sigma_data is not None:
+            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+            r = sigma / alpha
+            return self._call(x * like(1 / (alpha * torch.sqrt(r**2 + self.sigma_data**2)), x), torch.log(r) / 4)
+        return self._call(x, t)
+
+    def combination(self, t) -> tuple[Tensor, Tensor]:
+        """a and b of what the network returns, equation (1), at times t."""
+        t = self.schedule.time(t)
+        if self.sigma_data is None:
+            assert self.prediction is not None  # one of the two is given
+            return combination(self.prediction, self.schedule, t)
+        r, sd = self.schedule.sigma(t) / self.schedule.alpha(t), self.sigma_data
+        c_skip, c_out = sd**2 / (r**2 + sd**2), r * sd / torch.sqrt(r**2 + sd**2)
+        return (r**2 / (r**2 + sd**2)) / c_out, -c_skip * r / c_out
+
+    def pair(self, x, t):
+        t = above_zero(self.schedule, self.schedule.time(t))
+        return split(self.raw(x, t), x, t, self.schedule, self.combination(t))
+
+    def _call(self, x: Tensor, t: Tensor) -> Tensor:
+        like(t, x)  # one time for all rows, or one each
+        args = [x, t.to(x).expand(len(x))]
+        if self.cond is not None:
+            args.append(self._rows(self.cond, len(x)))
+        if isinstance(self.net, nn.Module):
+            out = Lent(self.net, tuple(self.parameters))(self.parameters, *args)
+        else:
+            out = self.net(*args, self.parameters) if self.parameters else self.net(*args)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            raise ShapeError(
+                f"`net` must return a tensor of the shape of x, {tuple(x.shape)}, got {describe(out)}: one value an entry, no learned "
+                "variance beside it."
+            )
+        return out.to(x.dtype)
+
+    @staticmethod
+    def _rows(cond: Tensor, n: int) -> Tensor:
+        if cond.dim() and len(cond) != n:
+            raise ShapeError(
+                f"`cond` has {len(cond)} rows for a batch of {n}: give one a row, or a 0-dim tensor that all rows share."
+            )
+        return cond if cond.dim() else cond.expand(n)
+
+
+def check_prediction(prediction) -> None:
+    """Raise ArgumentError unless this names a prediction."""
+    if prediction not in PREDICTIONS:
+        hint = OTHER_NAMES.get(prediction) if isinstance(prediction, str) else None
+        remedy = f": here it is called {hint!r}." if hint else "."
+        raise ArgumentError(
+            f"`prediction` must be one of {', '.join(map(repr, PREDICTIONS))}, got {prediction!r}{remedy}"
+        )
+
+
+def above_zero(schedule: Schedule, t: Tensor) -> Tensor:
+    """t, if there is noise at t: without noise there is no eps and no score."""
+    if concrete(t) and not bool((schedule.sigma(t) > 0).all()):
+        raise GridError(
+            "`t` holds a time without noise, where eps and the score do not exist: use t > 0, 1e-5 t_max for a likelihood; a sampler's "
+            "grid may end there."
+        )
+    return t
+
+
+def require_signal(schedule: Schedule, t: Tensor, what: str) -> None:
+    """Raise ArgumentError if some t has no signal left."""
+    if bool((schedule.log_snr(t) < ZERO_SNR).any()):
+        raise ArgumentError(
+            f"{what} at t = {float(t.max()):g} of {schedule!r} needs some signal, and none is left there: use "
+            "schedule.t_of_log_snr(-20) for the last time."
+        )
