@@ -9,6 +9,7 @@ With u = f x - g^2 s / 2 the velocity of the probability-flow ODE and s = -eps /
 from grid[k] to grid[k + 1], and Euler-Maruyama with dk = 1 is Euler-Maruyama on that grid. This file integrates nothing.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -46,7 +47,7 @@ class Reversed:
 
 @dataclass(frozen=True, eq=False)
 class Backwards:
-    """Coefficients of equation (2) on a clock."""
+    """Coefficients of equation (2) on a clock; eta is 0 if p has none."""
 
     denoiser: Predictor
     clock: Clock
@@ -55,13 +56,15 @@ class Backwards:
         """-[u - eta^2/2 g^2 s], per unit of the clock."""
         denoiser = self.denoiser.with_params(p)
         time, speed = self.clock(t)
-        return -like(speed, x) * velocity(denoiser, x, time, -(p["eta"] ** 2))
+        return -like(speed, x) * velocity(denoiser, x, time, -(p["eta"] ** 2) if "eta" in p else 0)
 
     def diffusion(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
         """eta g, per square root of the clock's unit."""
+        if "eta" not in p:
+            return torch.zeros_like(x)
         time, speed = self.clock(t)
         schedule = self.denoiser.schedule.with_params(p)
-        return like(p["eta"] * schedule.g(time) * speed.sqrt(), x).expand_as(x)
+        return like(damped(p["eta"], schedule.g(time)) * speed.sqrt(), x).expand_as(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,7 @@ class Forwards:
 
     def diffusion(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
         """eta g."""
-        return like(p["eta"] * self.denoiser.schedule.with_params(p).g(t), x).expand_as(x)
+        return like(damped(p["eta"], self.denoiser.schedule.with_params(p).g(t)), x).expand_as(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,17 +103,22 @@ def velocity(denoiser: Predictor, x: Tensor, t: Tensor, eta2: Tensor | float) ->
     t = schedule.time(t)
     up = schedule.rates(t)
     if isinstance(eta2, Tensor) or eta2:  # for eta = 0 the coefficients stay finite where those of the SDE do not
-        up = up[0], up[1] - eta2 * schedule.g2(t) / (2 * schedule.sigma(t))
+        up = up[0], up[1] - damped(eta2, schedule.g2(t)) / (2 * schedule.sigma(t))
     return combine(*denoiser.pair(x, t), up)
+
+
+def damped(eta: Tensor | float, g: Tensor) -> Tensor:
+    """eta g, and 0 where no noise meets an infinite coefficient; there the derivative in eta is NaN, as it does not exist."""
+    return torch.where((g == math.inf) & (torch.as_tensor(eta) == 0), 0.0, eta * g)
 
 
 def forward_sde(schedule: "Schedule", denoiser: Predictor | None, eta) -> SDE:
     """See `Schedule.as_sde`."""
     eta = check_eta(eta)
     if denoiser is None:
-        if not (concrete(eta) and float(eta) == 1.0):
+        if not (concrete(eta) and eta.item() == 1.0):
             raise ArgumentError(
-                f"`eta` = {float(eta):g} needs the score: give `denoiser`; without one only eta = 1 is known."
+                f"`eta` = {eta.item():g} needs the score: give `denoiser`; without one only eta = 1 is known."
             )
         plain = Plain(schedule)
         return SDE(plain.drift, plain.diffusion, schedule.params)
@@ -126,7 +134,8 @@ def reverse_sde(schedule: "Schedule", denoiser: Predictor | None, eta, clock: Cl
         raise ArgumentError("`reverse=True` needs the score: give `denoiser`, a network or an exact law's.")
     check_denoiser(schedule, denoiser)
     if clock is None:
-        require_finite(schedule, schedule.t_max, eta)
+        if not (concrete(eta) and eta.item() == 0):
+            require_finite(schedule, schedule.t_max, eta)
         clock = Reversed(schedule.t_max)
     backwards = Backwards(denoiser, clock)
     return SDE(backwards.drift, backwards.diffusion, {**denoiser.params, "eta": eta})
@@ -135,7 +144,7 @@ def reverse_sde(schedule: "Schedule", denoiser: Predictor | None, eta, clock: Cl
 def require_finite(schedule: "Schedule", start: float, eta: Tensor) -> None:
     """Raise ArgumentError if the reverse SDE has infinite coefficients where it starts."""
     g2 = schedule.g2(start)
-    if concrete(g2) and not (float(g2) < 1e12):
+    if concrete(g2) and not g2.item() < 1e12:
         raise ArgumentError(
             f"at t = {start:g} no signal is left in {schedule!r}, and g is infinite: for the SDE start sooner (CondOT(end=0.999), "
             "Cosine(min_log_snr=-20)), or sample by ddim."
@@ -148,7 +157,7 @@ def check_eta(eta) -> Tensor:
         if isinstance(eta, bool) or not isinstance(eta, int | float):
             raise ArgumentTypeError(f"`eta` must be a number or a 0-dim tensor, got {eta!r}.")
         eta = torch.tensor(float(eta), dtype=torch.float64)
-    if eta.dim() or (concrete(eta) and not float(eta) >= 0):
+    if eta.dim() or (concrete(eta) and not eta.item() >= 0):
         raise ArgumentError(f"`eta` must be one number >= 0, got {eta.tolist()}: 0 is the ODE, 1 the reverse SDE.")
     return eta
 

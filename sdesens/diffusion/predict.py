@@ -34,7 +34,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from sdesens.diffusion.schedule import ZERO_SNR, Schedule, like
+from sdesens.diffusion.schedule import ZERO_SNR, Schedule, like, rebound
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
 from sdesens.modules import Lent
 from sdesens.sde import Params, check_parameter
@@ -109,7 +109,7 @@ def convert(out: Tensor, x: Tensor, t, schedule: Schedule, have: str, want: str)
     if not isinstance(out, Tensor) or out.shape != x.shape:
         raise ShapeError(f"`out` must have the shape of `x`, {tuple(x.shape)}, got {describe(out)}.")
     t = above_zero(schedule, schedule.time(t))
-    if have in NEEDS_SIGNAL and concrete(t):
+    if have in NEEDS_SIGNAL:
         require_signal(schedule, t, f"converting from {have!r}")
     x0, eps = split(out, x, t, schedule, combination(have, schedule, t))
     return combine(x0, eps, combination(want, schedule, t))
@@ -221,7 +221,7 @@ class Denoiser(Predictor):
             )
         if self.prediction is not None:
             check_prediction(self.prediction)
-        elif self.sigma_data is not None and not 0 < float(self.sigma_data) < math.inf:
+        elif self.sigma_data is not None and not 0 < one_number("sigma_data", self.sigma_data) < math.inf:
             raise ArgumentError(
                 f"`sigma_data` must be positive, got {self.sigma_data!r}: it is the data's standard deviation."
             )
@@ -246,7 +246,7 @@ class Denoiser(Predictor):
         found = {k: p[NET + k] for k, v in self.parameters.items() if NET + k in p and p[NET + k] is not v}
         if schedule is self.schedule and not found:
             return self
-        return replace(self, schedule=schedule, parameters={**self.parameters, **found})
+        return rebound(self, schedule=schedule, parameters={**self.parameters, **found})
 
     def given(self, cond: Tensor) -> "Denoiser":
         """The same denoiser under a condition: shape (B, ...), or () for one that all rows share."""
@@ -300,9 +300,16 @@ class Denoiser(Predictor):
         return cond if cond.dim() else cond.expand(n)
 
 
+def one_number(name: str, value) -> float:
+    """The value of a number or a 0-dim tensor; raise ArgumentTypeError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | Tensor) or torch.as_tensor(value).dim():
+        raise ArgumentTypeError(f"`{name}` must be a number or a 0-dim tensor, got {value!r:.60}.")
+    return torch.as_tensor(value).item()
+
+
 def check_prediction(prediction) -> None:
     """Raise ArgumentError unless this names a prediction."""
-    if prediction not in PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         hint = OTHER_NAMES.get(prediction) if isinstance(prediction, str) else None
         remedy = f": here it is called {hint!r}." if hint else "."
         raise ArgumentError(
@@ -312,7 +319,8 @@ def check_prediction(prediction) -> None:
 
 def above_zero(schedule: Schedule, t: Tensor) -> Tensor:
     """t, if there is noise at t: without noise there is no eps and no score."""
-    if concrete(t) and not bool((schedule.sigma(t) > 0).all()):
+    sigma = schedule.sigma(t)
+    if concrete(sigma) and not bool((sigma > 0).all()):
         raise GridError(
             "`t` holds a time without noise, where eps and the score do not exist: use t > 0, 1e-5 t_max for a likelihood; a sampler's "
             "grid may end there."
@@ -322,7 +330,8 @@ def above_zero(schedule: Schedule, t: Tensor) -> Tensor:
 
 def require_signal(schedule: Schedule, t: Tensor, what: str) -> None:
     """Raise ArgumentError if some t has no signal left."""
-    if bool((schedule.log_snr(t) < ZERO_SNR).any()):
+    log_snr = schedule.log_snr(t)
+    if concrete(log_snr) and bool((log_snr < ZERO_SNR).any()):
         raise ArgumentError(
             f"{what} at t = {float(t.max()):g} of {schedule!r} needs some signal, and none is left there: use "
             "schedule.t_of_log_snr(-20) for the last time."

@@ -15,9 +15,11 @@ References: Y. Song et al., ICLR 2021 (arXiv 2011.13456); D. Kingma et al., Neur
 The schedules themselves are in `schedules.py` and `tables.py`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -103,8 +105,7 @@ class Schedule(ABC):
 
     def t_of_log_snr(self, log_snr) -> Tensor:
         """The time at which the log-SNR is this; beyond the schedule's ends, the end."""
-        log_snr = torch.as_tensor(log_snr)
-        return self._t_of_log_snr(log_snr.to(torch.float64)).clamp(0.0, self.t_max)
+        return self._t_of_log_snr(reals("log_snr", log_snr)).clamp(0.0, self.t_max)
 
     def f(self, t) -> Tensor:
         """Drift coefficient f_t, per time."""
@@ -112,7 +113,7 @@ class Schedule(ABC):
 
     def g(self, t) -> Tensor:
         """Diffusion coefficient g_t, per square root of time."""
-        return self._g2(self.time(t)).sqrt()
+        return root(self._g2(self.time(t)))
 
     def g2(self, t) -> Tensor:
         """g_t^2, per time."""
@@ -125,7 +126,8 @@ class Schedule(ABC):
     def log_snr_rate(self, t) -> Tensor:
         """lambda'_t = -g^2 / sigma^2, per time."""
         t = self.time(t)
-        return -self._g2(t) / self._sigma(t) ** 2
+        sigma = self._sigma(t)
+        return torch.where(sigma > 0, -self._g2(t) / sigma**2, -math.inf)
 
     @property
     def zero_terminal_snr(self) -> bool:
@@ -140,7 +142,7 @@ class Schedule(ABC):
     def with_params(self, p: Params) -> "Schedule":
         """The same schedule at the values that p has for its parameters; other names are left alone."""
         found = {name: p[name] for name in self.learnable if name in p and p[name] is not getattr(self, name)}
-        return replace(self, **found) if found else self
+        return rebound(self, **found) if found else self
 
     def same_as(self, other: "Schedule") -> bool:
         """Whether the other is the same kind of schedule with the same values."""
@@ -150,10 +152,7 @@ class Schedule(ABC):
 
     def time(self, t) -> Tensor:
         """t as a float64 tensor; raise GridError unless 0 <= t <= t_max."""
-        t = torch.as_tensor(t)
-        if t.is_complex() or t.dtype == torch.bool:
-            raise DtypeError(f"`t` must be a real time in [0, {self.t_max:.6g}], got {t.dtype}: use torch.float64.")
-        t = t.to(torch.float64)
+        t = reals("t", t)
         if not concrete(t) or t.numel() == 0:
             return t
         low, high = (float(x) for x in torch.aminmax(t.detach()))
@@ -184,10 +183,10 @@ class Schedule(ABC):
         >>> VP().reparameterise(x0, 0.5, eps).shape
         torch.Size([2, 3])
         """
-        if not isinstance(eps, Tensor) or eps.shape != x0.shape:
-            raise ShapeError(f"`eps` must have the shape of `x0`, {tuple(x0.shape)}, got {describe(eps)}.")
+        if not (isinstance(x0, Tensor) and isinstance(eps, Tensor) and eps.shape == x0.shape):
+            raise ShapeError(f"`x0` and `eps` must be tensors of one shape, got {describe(x0)} and {describe(eps)}.")
         t = self.time(t)
-        return like(self._alpha(t), x0) * x0 + like(self._sigma(t), x0) * eps
+        return like(self._alpha(t), x0) * x0 + like(self._sigma(t), x0) * eps.to(x0)
 
     def sample_path(self, x0: Tensor, ts, noise: Noise, *, first_path: int = 0) -> Tensor:
         """The forward process at the times ts, exactly: equation (3) on the core's noise.
@@ -282,12 +281,47 @@ class Schedule(ABC):
 
     def __repr__(self) -> str:
         shown = {f.name: getattr(self, f.name) for f in fields(self)}
-        text = (f"{k}={float(v):.6g}" if _number(v) else f"{k}={_short(v)}" for k, v in shown.items())
+        text = (
+            f"{k}={v.item() if isinstance(v, Tensor) else v:.6g}" if _number(v) else f"{k}={_short(v)}"
+            for k, v in shown.items()
+        )
         return f"{type(self).__name__}({', '.join(text)})"
+
+
+def rebound(frozen, **values):
+    """A copy of a frozen dataclass with other tensors in some of its fields, unchecked: in a time loop checks would cost more than steps."""
+    new = copy(frozen)
+    for name, value in values.items():
+        object.__setattr__(new, name, value)
+    return new
+
+
+def reals(name: str, x) -> Tensor:
+    """Numbers as a float64 tensor; raise DtypeError unless they are real."""
+    try:
+        given = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(
+            f"`{name}` must be a number or a tensor, got {x!r:.60}: use torch.tensor(...)."
+        ) from error
+    if given.is_complex() or given.dtype == torch.bool:
+        raise DtypeError(f"`{name}` must be real, got {given.dtype}: use torch.float64.")
+    # torch reads plain floats in its default dtype: 0.1 would be off by 1e-9
+    return given.to(torch.float64) if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64)
+
+
+def root(x: Tensor) -> Tensor:
+    """sqrt(x), with derivative 0 where x = 0: there a parameter has no influence, yet sqrt' is infinite."""
+    zero = x == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
 
 
 def like(a: Tensor, x: Tensor) -> Tensor:
     """A coefficient of shape () or (B,) in the dtype of x (B, *event), with axes that line up with its rows."""
+    if not x.is_floating_point():
+        raise DtypeError(
+            f"states must be real and floating, got {x.dtype}: use x.float(), with data scaled to order 1."
+        )
     if a.dim() > 1 or (a.dim() == 1 and len(a) != len(x)):
         raise ShapeError(
             f"`t` must have shape () or ({len(x)},), one time a row of x {tuple(x.shape)}, got {tuple(a.shape)}: give each row its own, "

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from sdesens.diffusion.schedule import Schedule
-from sdesens.errors import ArgumentError
+from sdesens.diffusion.schedule import Schedule, root
+from sdesens.errors import ArgumentError, ArgumentTypeError
 from sdesens.tensors import concrete
 
 HALF_PI = math.pi / 2
+TINY = 1e-300  # so that 0 / 0 is 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,7 +102,8 @@ class VP(VariancePreserving):
         return self.beta_min + self.dB * t
 
     def t_of_B(self, B):
-        return 2 * B / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * self.dB * B))
+        low = double(self.beta_min)
+        return 2 * B / (low + torch.sqrt(low**2 + 2 * self.dB * B)).clamp_min(TINY)
 
     @property
     def dB(self) -> Tensor:
@@ -126,6 +128,10 @@ class SubVP(VP):
     def _g2(self, t):
         return self.beta(t) * -torch.expm1(-2 * self.B(t))
 
+    def _rates(self, t):  # finite at t = 0, too
+        alpha = self._alpha(t)
+        return self._f(t) * alpha, self.beta(t) * alpha**2
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Cosine(VariancePreserving):
@@ -144,6 +150,12 @@ class Cosine(VariancePreserving):
     """
 
     min_log_snr: float = -20.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_number("min_log_snr", self.min_log_snr)
+        if not self.min_log_snr < 0:
+            raise ArgumentError(f"`min_log_snr` must be negative, got {self.min_log_snr!r}: -20 leaves pure noise.")
 
     @property
     def t_max(self):
@@ -236,6 +248,7 @@ class EDM(Schedule):
 
     def __post_init__(self):
         super().__post_init__()
+        require_number("sigma_max", self.sigma_max)
         if not 0 < self.sigma_max < math.inf:
             raise ArgumentError(f"`sigma_max` must be positive and finite, got {self.sigma_max!r}: 80 is usual.")
 
@@ -284,6 +297,7 @@ class CondOT(Schedule):
 
     def __post_init__(self):
         super().__post_init__()
+        require_number("end", self.end)
         if not 0 < self.end <= 1:
             raise ArgumentError(f"`end` must lie in (0, 1], got {self.end!r}: 1 is pure noise.")
 
@@ -318,10 +332,10 @@ def double(x: float | Tensor) -> Tensor:
     return torch.as_tensor(x, dtype=torch.float64)
 
 
-def root(x: Tensor) -> Tensor:
-    """sqrt(x) for x >= 0, with derivative 0 where x = 0: there a parameter has no influence, yet sqrt' is infinite."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+def require_number(name: str, value) -> None:
+    """Raise ArgumentTypeError unless this is a plain number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentTypeError(f"`{name}` must be a number, got {value!r:.60}: use float(...).")
 
 
 def require_increasing(low_name: str, low: Tensor, high_name: str, high: Tensor, *, strict: bool = True) -> None:
@@ -332,7 +346,7 @@ def require_increasing(low_name: str, low: Tensor, high_name: str, high: Tensor,
         )
     if not (concrete(low) and concrete(high)):
         return
-    a, b = float(low), float(high)
+    a, b = float(low.detach()), float(high.detach())
     fine = 0 < a < b < math.inf if strict else 0 <= a <= b < math.inf and b > 0
     if not fine:
         sign = "<" if strict else "<="

@@ -107,10 +107,10 @@ def summarise(schedule: "Schedule", mean=None, cov=None) -> Summary:
     """
     with torch.no_grad():
         end = torch.tensor(schedule.t_max, dtype=torch.float64)
-        gap = float(prior_gap(schedule, mean, cov))
-        last = float(schedule.log_snr(end))
-        first = float(schedule.log_snr(1e-5 * end))
-        found = Summary(repr(schedule), schedule.t_max, (first, last), math.exp(last), float(schedule.prior_std), gap)
+        gap = prior_gap(schedule, mean, cov).item()
+        last = schedule.log_snr(end).item()
+        first = schedule.log_snr(1e-5 * end).item()
+        found = Summary(repr(schedule), schedule.t_max, (first, last), math.exp(last), schedule.prior_std.item(), gap)
     if gap > TOO_FAR:
         warnings.warn(
             f"{found.schedule} ends at SNR {found.terminal_snr:.3g}, {gap:.3g} nats a dimension from the prior that sampling starts "

@@ -8,21 +8,22 @@ t = (i + 1)/T. A table of T steps is a view of a schedule in continuous time (`d
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sdesens.diffusion.schedule import Schedule
+from sdesens.diffusion.schedule import Schedule, rebound
 from sdesens.diffusion.schedules import VariancePreserving
-from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
-from sdesens.sde import check_parameter
+from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
+from sdesens.sde import check_function, check_parameter
 from sdesens.tensors import concrete, describe
 
 NOTHING = 1e-30  # stands for alphas_cumprod = 0: zero to every precision, with a finite logarithm
 HALVINGS = 60
+TAKEN = ("eta", "guidance")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,8 +53,18 @@ class LogSNR(Schedule):
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
+        check_function("function", self.function, ("t", "p"))
+        if not isinstance(self.parameters, Mapping):
+            raise ArgumentTypeError(
+                f"`parameters` must map names to tensors, got {type(self.parameters).__name__}: use a dict."
+            )
         for name, value in self.parameters.items():
             check_parameter(name, value)
+            if name in TAKEN or "." in name:
+                raise ArgumentError(
+                    f"a parameter of the log-SNR may not be called {name!r}: an SDE's own {', '.join(TAKEN)} and a network's have such names; "
+                    "rename it."
+                )
         t = torch.linspace(0, 1, 257, dtype=torch.float64)
         with torch.no_grad():
             found = self.function(t, self.parameters)
@@ -74,7 +85,7 @@ class LogSNR(Schedule):
 
     def with_params(self, p):
         found = {k: p[k] for k, v in self.parameters.items() if k in p and p[k] is not v}
-        return replace(self, parameters={**self.parameters, **found}) if found else self
+        return rebound(self, parameters={**self.parameters, **found}) if found else self
 
     def _log_snr(self, t):
         return self.function(t, self.parameters).to(torch.float64)
@@ -100,7 +111,12 @@ class LogSNR(Schedule):
         return torch.where(inside & torch.isfinite(step), t - step, t)
 
     def _g2(self, t):
-        return -torch.sigmoid(-self._log_snr(t)) * self._slope(t)
+        slope = self._slope(t)
+        if concrete(slope) and not bool(torch.isfinite(slope).all()):
+            raise GridError(
+                "`function` has an infinite derivative at a time in `t`, so that f and g are unknown there: start at 1e-5, or stop before the end."
+            )
+        return -torch.sigmoid(-self._log_snr(t)) * slope
 
     def _f(self, t):
         return -self._g2(t) / 2
@@ -187,6 +203,8 @@ class Discrete:
     T: int
 
     def __post_init__(self):
+        if not isinstance(self.schedule, Schedule):
+            raise ArgumentTypeError(f"`schedule` must be a Schedule such as VP(), got {self.schedule!r:.60}.")
         if isinstance(self.T, bool) or not isinstance(self.T, int) or self.T < 1:
             raise ArgumentTypeError(f"`T` must be a positive int, got {self.T!r}.")
 

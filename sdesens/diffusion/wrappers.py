@@ -7,13 +7,13 @@
 and keeping eps drives samples away from the data.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sdesens.diffusion.predict import Denoiser, Predictor, above_zero
-from sdesens.diffusion.schedule import like
+from sdesens.diffusion.schedule import like, rebound
 from sdesens.errors import ArgumentError, ArgumentTypeError
 from sdesens.sde import check_parameter
 
@@ -46,8 +46,14 @@ class Guided(Predictor):
                 raise ArgumentTypeError(
                     f"`{name}` must be a Denoiser or another predictor, got {type(branch).__name__}: guidance needs both branches."
                 )
+            if "guidance" in branch.params:
+                raise ArgumentError(
+                    f"`{name}` is guided already, and both scales would be called 'guidance': state the combination as a Predictor of its own."
+                )
         if not self.conditional.schedule.same_as(self.unconditional.schedule):
             raise ArgumentError("`conditional` and `unconditional` are made for two schedules: give both the same one.")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float | Tensor):
+            raise ArgumentTypeError(f"`scale` must be a number or a 0-dim tensor, got {self.scale!r:.60}.")
         scale = self.scale if isinstance(self.scale, Tensor) else torch.tensor(float(self.scale), dtype=torch.float64)
         check_parameter("guidance", scale)
         object.__setattr__(self, "scale", scale)
@@ -65,7 +71,8 @@ class Guided(Predictor):
         conditional = self.conditional.with_params(p)
         rest = {k: p[self._name(k)] for k in self._rest() if self._name(k) in p}
         unconditional = self.unconditional.with_params({**rest, **conditional.schedule.params})
-        return replace(self, conditional=conditional, unconditional=unconditional, scale=p.get("guidance", self.scale))
+        scale = p.get("guidance", self.scale)
+        return rebound(self, conditional=conditional, unconditional=unconditional, scale=scale)
 
     def pair(self, x, t):
         w = like(torch.as_tensor(self.scale), x)
@@ -135,6 +142,10 @@ class Clipped(Predictor):
     high: float
 
     def __post_init__(self):
+        if not isinstance(self.inner, Predictor):
+            raise ArgumentTypeError(
+                f"`inner` must be a Denoiser or another predictor, got {type(self.inner).__name__}."
+            )
         if not self.low < self.high:
             raise ArgumentError(f"`low` must be below `high`, got {self.low!r} and {self.high!r}.")
 
@@ -147,7 +158,7 @@ class Clipped(Predictor):
         return self.inner.params
 
     def with_params(self, p):
-        return replace(self, inner=self.inner.with_params(p))
+        return rebound(self, inner=self.inner.with_params(p))
 
     def pair(self, x, t):
         t = above_zero(self.schedule, self.schedule.time(t))

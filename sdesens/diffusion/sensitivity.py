@@ -1,0 +1,106 @@
+"""Derivatives of what a sampler brings: d E[r(x_0)] / d theta, as a problem of the core.
+
+    x_0 = sampler(theta, Z),      J(theta) = E[r(x_0)],                                           (1)
+
+theta being any of: parameters of the network ("net.*"), the guidance scale ("guidance"), options of the sampler ("eta", "gamma"),
+parameters of the schedule ("beta_max", ...), and x_T ("y0") where it is given. The problem goes to `sdesens.sensitivity`,
+`crosscheck`, `hessian` like any other: pathwise, forward and finite differences for every sampler; the adjoints too for
+Euler-Maruyama, whose step is that of an SDE.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sdesens.diffusion.chain import sampler_sde
+from sdesens.diffusion.predict import Predictor
+from sdesens.diffusion.steps import Step
+from sdesens.errors import ArgumentError
+from sdesens.problem import Problem, check_state
+from sdesens.sde import Params, check_function
+
+Reward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Final:
+    """The reward of the last state, as a functional of the path."""
+
+    reward: Reward
+    remembers: bool
+
+    def __call__(self, ys: Tensor, p: Params) -> Tensor:
+        x = ys[-1]
+        return self.reward(x[:, 0] if self.remembers else x)
+
+
+def sampler_problem(
+    denoiser: Predictor,
+    grid,
+    reward: Reward,
+    *,
+    step: Step | None = None,
+    x: Tensor | None = None,
+    event: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float64,
+    **options,
+) -> Problem:
+    """E[r(x_0)] of a sampler, equation (1), as a `Problem`.
+
+    Parameters
+    ----------
+    denoiser : Predictor
+        A condition must be one that all samples share.
+    grid : Tensor or sequence, shape (N + 1,)
+        Falling times. For the adjoint methods it must end above t = 0.
+    reward : callable x (B, *event) -> (B,)
+    step : callable, optional
+        `ddim_step`, `heun_step`, `dpmpp_2m_step` or your own; Euler-Maruyama if left out.
+    x : Tensor, shape `event`, optional
+        x_T, the same for all paths; sensitivities in it are those `wrt="y0"`. If left out x_T is drawn from the prior, as step 0 of
+        the noise, and `event` is needed.
+    event : tuple of int, optional
+        Shape of one sample.
+    dtype : torch.dtype
+        Of the samples, if x is left out.
+    **options
+        Of the step: eta=..., gamma=...; parameters too.
+
+    Returns
+    -------
+    Problem
+        Its functional sees the state; its own time counts steps ("t1" has no meaning). With the same seed, path i is row i of
+        the sampler function that starts from `prior(...)`.
+
+    Raises
+    ------
+    GridError, ShapeError, ArgumentError, ArgumentTypeError
+
+    Example
+    -------
+    >>> from sdesens import sensitivity
+    >>> from sdesens.diffusion import VP, Denoiser, uniform_grid
+    >>> denoiser = Denoiser(lambda x, t, p: p["w"] * x, VP(), "x0", parameters={"w": torch.tensor(0.5, dtype=torch.float64)})
+    >>> problem = sampler_problem(denoiser, uniform_grid(VP(), 10), lambda x: x[:, 0] ** 2, event=(1,))
+    >>> result = sensitivity(problem, n_paths=100, wrt=("net.w", "eta", "beta_max"))
+    >>> sorted(result.gradient)
+    ['beta_max', 'eta', 'net.w']
+    """
+    check_function("reward", reward, ("x",))
+    if (x is None) == (event is None):
+        raise ArgumentError(
+            "give `x`, the state at grid[0], or `event`, the shape of a sample, to start from the prior."
+        )
+    if x is not None:
+        check_state("x", x)
+        event, start = tuple(x.shape), torch.zeros((), dtype=torch.float64)
+    else:
+        event, start = tuple(event or ()), None
+        x = torch.zeros(event, dtype=dtype)
+    sde = sampler_sde(denoiser, grid, step, start=start, event=event, **options)
+    remembers = getattr(sde.step, "remembers", False)
+    y0 = torch.stack((x, torch.zeros_like(x))) if remembers else x
+    n_steps = len(grid)
+    return Problem(sde, Final(reward, remembers), y0, (0.0, float(n_steps)), n_steps)
