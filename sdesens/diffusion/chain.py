@@ -10,6 +10,7 @@ reverse SDE with the grid for a clock; other samplers bring their step. Between 
 steps make sense. A step that remembers makes the state (2, *event): x, and what it remembers.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -149,6 +150,7 @@ def sampler_sde(
     if step is None:
         plain = Starting(Backwards(denoiser, clock), std)
         return SDE(plain.drift, plain.diffusion, params)
+    check_options(step, tensors)
     remembers = _remembers(step, denoiser, grid, event, options)
     stated = Starting(Backwards(denoiser, clock), std, remembers)
     chain = Chain(step, denoiser, clock, std, tuple(tensors), remembers)
@@ -164,6 +166,16 @@ def check_option(name: str, value) -> Tensor:
     if value.dim():
         raise ShapeError(f"`{name}` must be one number, got shape {tuple(value.shape)}.")
     return value
+
+
+def check_options(step: Step, options: dict[str, Tensor]) -> None:
+    """Raise ArgumentTypeError unless the step takes these options."""
+    try:
+        inspect.signature(step).bind("denoiser", "x", "span", "z", "memory", **options)
+    except TypeError as error:
+        raise ArgumentTypeError(
+            f"`step` must be a function of (denoiser, x, span, z, memory, **options) that takes {', '.join(options) or 'no options'}: {error}."
+        ) from error
 
 
 def _remembers(

@@ -94,10 +94,9 @@ def edm_grid(
 
 def check_grid(schedule: Schedule, grid) -> Tensor:
     """The grid as a float64 tensor (N + 1,); raise GridError unless it falls within [0, t_max]."""
-    grid = torch.as_tensor(grid)
+    grid = schedule.time(grid).detach().cpu()
     if grid.dim() != 1 or grid.numel() < 2:
         raise ShapeError(f"`grid` must hold at least two times, shape (N + 1,), got {describe(grid)}.")
-    grid = schedule.time(grid).detach().cpu()
     if not bool((grid.diff() < 0).all()):
         i = int((~(grid.diff() < 0)).nonzero()[0])
         raise GridError(

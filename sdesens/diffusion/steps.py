@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.predict import Predictor
+from sdesens.diffusion.predict import Predictor, require_signal
 from sdesens.diffusion.schedule import Schedule, like
 from sdesens.diffusion.schedules import root
 from sdesens.tensors import concrete
@@ -61,6 +61,7 @@ def heun_step(denoiser: Predictor, x: Tensor, span: Span, z: Tensor, memory=None
     `noise_scale` multiplies z in (3). Noise never goes beyond the schedule's end.
     """
     schedule, t = denoiser.schedule, span.t
+    require_signal(schedule, t, "Heun's method")
     r, r_u, alpha_u = ratio(schedule, t), ratio(schedule, span.u), schedule.alpha(span.u)
     y = x / like(schedule.alpha(t), x)
     if isinstance(gamma, Tensor) or gamma:
