@@ -195,6 +195,7 @@ def adjoint_matching_loss(
         If more than a hundredth of the start is remembered, equation (3): the tuned law is not p*.
     """
     check_denoiser(base.schedule if isinstance(base, Predictor) else None, base)
+    check_denoiser(base.schedule, denoiser)
     strength, grid = _positive(eta), check_grid(base.schedule, grid)
     kept = memory(base.schedule, strength, data_std=data_std, t=float(grid[0]))
     if kept > REMEMBERED:

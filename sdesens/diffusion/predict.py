@@ -57,6 +57,7 @@ PREDICTIONS: dict[str, Callable[[Schedule, Tensor], tuple[Tensor, Tensor]]] = {
     "velocity": lambda schedule, t: schedule.rates(t),
 }
 NEEDS_SIGNAL = ("eps", "score")  # they are silent about x0 where alpha = 0
+SILENT = 1e-6  # |a sigma| below which a prediction does not tell x0 there
 OTHER_NAMES = {
     "epsilon": "eps",
     "noise": "eps",
@@ -109,9 +110,11 @@ def convert(out: Tensor, x: Tensor, t, schedule: Schedule, have: str, want: str)
     if not isinstance(out, Tensor) or out.shape != x.shape:
         raise ShapeError(f"`out` must have the shape of `x`, {tuple(x.shape)}, got {describe(out)}.")
     t = above_zero(schedule, schedule.time(t))
-    if have in NEEDS_SIGNAL:
-        require_signal(schedule, t, f"converting from {have!r}")
-    x0, eps = split(out, x, t, schedule, combination(have, schedule, t))
+    a, b = combination(have, schedule, t)
+    if concrete(t):
+        silent = (a * schedule.sigma(t)).abs() < SILENT
+        require_signal(schedule, t[silent], f"converting from {have!r}")
+    x0, eps = split(out, x, t, schedule, (a, b))
     return combine(x0, eps, combination(want, schedule, t))
 
 
@@ -225,10 +228,10 @@ class Denoiser(Predictor):
             raise ArgumentError(
                 f"`sigma_data` must be positive, got {self.sigma_data!r}: it is the data's standard deviation."
             )
-        if self.schedule.zero_terminal_snr and self.prediction in (*NEEDS_SIGNAL, None):
+        if self.schedule.zero_terminal_snr and not self._tells_x0_at_the_end():
             raise ArgumentError(
                 f"{self.schedule!r} has no signal left at t = {self.schedule.t_max:g}, so that {self.prediction or 'a preconditioned net'!r} says "
-                "nothing about x0 there: predict 'v', 'velocity' or 'x0', or end the schedule sooner (CondOT(end=0.999), "
+                "nothing about x0 there: predict 'v' or 'x0' (or 'velocity' with CondOT), or end the schedule sooner (CondOT(end=0.999), "
                 "Cosine(min_log_snr=-20))."
             )
         if not isinstance(self.net, nn.Module):
@@ -236,6 +239,10 @@ class Denoiser(Predictor):
                 check_parameter(name, value)
         elif not self.parameters:
             object.__setattr__(self, "parameters", dict(self.net.named_parameters()))
+        if clash := self.schedule.params.keys() & {NET + k for k in self.parameters}:
+            raise ArgumentError(
+                f"schedule and network both have parameters called {sorted(clash)}: rename the schedule's."
+            )
 
     @property
     def params(self):
@@ -247,6 +254,14 @@ class Denoiser(Predictor):
         if schedule is self.schedule and not found:
             return self
         return rebound(self, schedule=schedule, parameters={**self.parameters, **found})
+
+    def _tells_x0_at_the_end(self) -> bool:
+        """Whether equation (2) can be solved for x_0 at t_max, where alpha = 0: D is b alpha - a sigma = -a sigma."""
+        if self.prediction in (*NEEDS_SIGNAL, None):
+            return False
+        with torch.no_grad():
+            a, _ = self.combination(self.schedule.t_max)
+            return bool((a * self.schedule.sigma(self.schedule.t_max)).abs() >= SILENT)
 
     def given(self, cond: Tensor) -> "Denoiser":
         """The same denoiser under a condition: shape (B, ...), or () for one that all rows share."""

@@ -105,7 +105,8 @@ class Schedule(ABC):
 
     def t_of_log_snr(self, log_snr) -> Tensor:
         """The time at which the log-SNR is this; beyond the schedule's ends, the end."""
-        return self._t_of_log_snr(reals("log_snr", log_snr)).clamp(0.0, self.t_max)
+        log_snr = reals("log_snr", log_snr).clamp_min(-1e3)  # exp(1000 / 2) is finite
+        return self._t_of_log_snr(log_snr).clamp(0.0, self.t_max)
 
     def f(self, t) -> Tensor:
         """Drift coefficient f_t, per time."""
@@ -213,6 +214,8 @@ class Schedule(ABC):
         >>> VP().sample_path(torch.zeros(5, 2), (0.1, 0.5, 1.0), Philox(1)).shape
         torch.Size([3, 5, 2])
         """
+        if not isinstance(noise, Noise):
+            raise ArgumentTypeError(f"`noise` must be a source of noise, got {type(noise).__name__}: use Philox(seed).")
         ts = self.time(ts)
         if ts.dim() != 1 or not bool((ts.diff() > 0).all()):
             raise GridError(f"`ts` must increase strictly, shape (T,), got {ts.tolist()}.")
@@ -299,7 +302,7 @@ def rebound(frozen, **values):
 def reals(name: str, x) -> Tensor:
     """Numbers as a float64 tensor; raise DtypeError unless they are real."""
     try:
-        given = torch.as_tensor(x)
+        given = x if isinstance(x, Tensor) else torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(
             f"`{name}` must be a number or a tensor, got {x!r:.60}: use torch.tensor(...)."

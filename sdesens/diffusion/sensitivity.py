@@ -3,13 +3,13 @@
     x_0 = sampler(theta, Z),      J(theta) = E[r(x_0)],                                           (1)
 
 theta being any of: parameters of the network ("net.*"), the guidance scale ("guidance"), options of the sampler ("eta", "gamma"),
-parameters of the schedule ("beta_max", ...), and x_T ("y0") where it is given. The problem goes to `sdesens.sensitivity`,
+parameters of the schedule ("beta_max", ...), and x_T ("x_T") where it is given. The problem goes to `sdesens.sensitivity`,
 `crosscheck`, `hessian` like any other: pathwise, forward and finite differences for every sampler; the adjoints too for
 Euler-Maruyama, whose step is that of an SDE.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,21 @@ class Final:
         return self.reward(x[:, 0] if self.remembers else x)
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The first state, from the parameter x_T."""
+
+    remembers: bool
+
+    def __call__(self, p: Params) -> Tensor:
+        return with_memory(p["x_T"]) if self.remembers else p["x_T"]
+
+
+def with_memory(x: Tensor) -> Tensor:
+    """The state (2, *event) of a sampler that remembers nothing yet."""
+    return torch.stack((x, torch.zeros_like(x)))
+
+
 def sampler_problem(
     denoiser: Predictor,
     grid,
@@ -59,7 +74,7 @@ def sampler_problem(
     step : callable, optional
         `ddim_step`, `heun_step`, `dpmpp_2m_step` or your own; Euler-Maruyama if left out.
     x : Tensor, shape `event`, optional
-        x_T, the same for all paths; sensitivities in it are those `wrt="y0"`. If left out x_T is drawn from the prior, as step 0 of
+        x_T, the same for all paths; a parameter, called "x_T". If left out x_T is drawn from the prior, as step 0 of
         the noise, and `event` is needed.
     event : tuple of int, optional
         Shape of one sample.
@@ -95,12 +110,16 @@ def sampler_problem(
         )
     if x is not None:
         check_state("x", x)
-        event, start = tuple(x.shape), torch.zeros((), dtype=torch.float64)
+        still = torch.zeros((), dtype=torch.float64)
+        sde = sampler_sde(denoiser, grid, step, start=still, event=tuple(x.shape), **options)
+        sde = replace(sde, params={**sde.params, "x_T": x})
     else:
-        event, start = tuple(event or ()), None
-        x = torch.zeros(event, dtype=dtype)
-    sde = sampler_sde(denoiser, grid, step, start=start, event=event, **options)
+        sde = sampler_sde(denoiser, grid, step, event=tuple(event or ()), **options)
     remembers = getattr(sde.step, "remembers", False)
-    y0 = torch.stack((x, torch.zeros_like(x))) if remembers else x
-    n_steps = len(grid)
-    return Problem(sde, Final(reward, remembers), y0, (0.0, float(n_steps)), n_steps)
+    y0: Tensor | Callable
+    if x is not None:
+        y0 = Start(remembers)
+    else:
+        zeros = torch.zeros(tuple(event or ()), dtype=dtype)
+        y0 = with_memory(zeros) if remembers else zeros
+    return Problem(sde, Final(reward, remembers), y0, (0.0, float(len(grid))), len(grid))

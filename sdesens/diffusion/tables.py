@@ -60,11 +60,8 @@ class LogSNR(Schedule):
             )
         for name, value in self.parameters.items():
             check_parameter(name, value)
-            if name in TAKEN or "." in name:
-                raise ArgumentError(
-                    f"a parameter of the log-SNR may not be called {name!r}: an SDE's own {', '.join(TAKEN)} and a network's have such names; "
-                    "rename it."
-                )
+            if name in TAKEN:
+                raise ArgumentError(f"a parameter may not be called {name!r}: that name is a sampler's own; rename it.")
         t = torch.linspace(0, 1, 257, dtype=torch.float64)
         with torch.no_grad():
             found = self.function(t, self.parameters)

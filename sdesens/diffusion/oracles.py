@@ -1,0 +1,406 @@
+"""Laws of the data x_0 for which all is known about x_t = alpha x_0 + sigma eps, to test and to measure against.
+
+For x_0 ~ sum_k w_k N(m_k, C_k), with V_k = alpha^2 C_k + sigma^2 I and y_k = V_k^-1 (x - alpha m_k),
+
+    p_t(x) = sum_k w_k N(x; alpha m_k, V_k),      r_k = w_k N(x; alpha m_k, V_k) / p_t(x),                     (1)
+    -grad log p_t = sum_k r_k y_k = E[eps | x] / sigma,      E[x_0 | x] = sum_k r_k (m_k + alpha C_k y_k),     (2)
+
+without a division by alpha or sigma, so that nothing cancels at either end. A Gaussian is one component, a point of an
+empirical law one with C = 0. No denoiser has a smaller loss than (2). Summed over the d dimensions it is
+
+    L*(t) = E|eps - E[eps | x_t]|^2 = d - sigma^2 E|grad log p_t|^2                                            (3)
+          = sum_i alpha^2 s_i^2 / (alpha^2 s_i^2 + sigma^2)      for a Gaussian of variances s_i^2 along its axes. (4)
+
+The probability-flow ODE of a Gaussian moves x along each axis by (5), and tilting by a linear reward, p* ~ p exp(a.x),
+gives a law of the same kind, (6).
+
+    x_u = alpha_u m + sqrt(V_u / V_t) (x_t - alpha_t m)                                                        (5)
+    m_k* = m_k + C_k a,      w_k* ~ w_k exp(a.m_k + a.C_k a / 2)                                               (6)
+
+References: P. Vincent, Neural Computation 23 (2011) 1661 for (3); T. Karras et al., 2206.00364, appendix B.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.integrate import quad
+from torch import Tensor
+
+from sdesens.diffusion.losses import Weight, simple
+from sdesens.diffusion.predict import Predictor, above_zero
+from sdesens.diffusion.schedule import Schedule, like
+from sdesens.diffusion.schedules import root
+from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
+from sdesens.estimate import Estimate
+from sdesens.noise import Noise, Philox, settle
+from sdesens.tensors import concrete, describe
+
+D = torch.float64
+BLOCK = 1024  # rows at a time in Monte Carlo
+
+
+class Law(ABC):
+    """A law of x_0 in `dim` dimensions: its marginals, score, best denoiser and floor.
+
+    Laws raise ArgumentTypeError, ShapeError or ArgumentError for tensors that are no law; ShapeError unless x is (B, d); GridError
+    for a time outside the schedule, or without noise where the law has no density.
+    """
+
+    dim: int
+    needs_noise: bool  # there is no density without
+
+    @abstractmethod
+    def sample(self, n: int, noise: int | Noise, first: int = 0) -> Tensor:
+        """Draws of x_0, (n, d) float64 and detached; draw i is path first + i of the noise, or of the seed."""
+
+    @abstractmethod
+    def _at(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`at` for float64 x, and alpha and sigma of shape () or (B, 1)."""
+
+    def at(self, x: Tensor, schedule: Schedule, t) -> tuple[Tensor, Tensor, Tensor]:
+        """log p_t (B,), E[x_0 | x_t = x] and -grad log p_t (B, d) in float64, at x (B, d) and t of shape () or (B,)."""
+        x, t = rows(x, self.dim), self.time(schedule, t)
+        return self._at(x, like(schedule.alpha(t), x), like(schedule.sigma(t), x))
+
+    def time(self, schedule: Schedule, t) -> Tensor:
+        """t in float64; raise GridError if there is neither noise nor a density."""
+        return above_zero(schedule, schedule.time(t)) if self.needs_noise else schedule.time(t)
+
+    def log_density(self, x: Tensor, schedule: Schedule, t) -> Tensor:
+        """log p_t(x) in nats, (B,), at x (B, d) and t of shape () or (B,)."""
+        return self.at(x, schedule, t)[0].to(x.dtype)
+
+    def score(self, x: Tensor, schedule: Schedule, t) -> Tensor:
+        """grad log p_t(x), (B, d), at x (B, d) and t of shape () or (B,)."""
+        return -self.at(x, schedule, t)[2].to(x.dtype)
+
+    def denoiser(self, schedule: Schedule) -> "Exact":
+        """The best denoiser there is, equation (2)."""
+        return Exact(self, schedule)
+
+    def floor(self, schedule: Schedule, t=None, *, weight: Weight = simple, n_samples=2**14, seed=0) -> Estimate:
+        """The smallest loss on eps that any denoiser has, equation (3): divide by d for a mean over dimensions.
+
+        Parameters
+        ----------
+        schedule : Schedule
+        t : number, or a pair of them, optional
+            A time, or a range over which to average uniformly. Left out, the whole schedule.
+        weight : callable (log_snr, rate) -> Tensor
+            As in `dsm_loss`. On x_0 the loss has weight exp(-log_snr), on v 1 + exp(-log_snr).
+        n_samples, seed : int
+            Monte Carlo draws of (t, x_0, eps), at least 2. A Gaussian needs none.
+
+        Returns
+        -------
+        Estimate, 0-dim
+            For a Gaussian exact, equation (4) and quadrature in t, with standard error 0.
+        """
+        low, high = span(schedule, t)
+        losses, beside = [], Philox(seed, stream=1)
+        with torch.no_grad():
+            for first in range(0, count("n_samples", n_samples, 2), BLOCK):
+                x0 = self.sample(min(BLOCK, n_samples - first), seed, first)
+                z = beside.normals(first, len(x0), 0, 1, 1 + self.dim, dtype=D, device=x0.device)[0]
+                s, eps = low + (high - low) * torch.special.ndtr(z[:, 0]), z[:, 1:]
+                error = eps - self.denoiser(schedule).eps(schedule.reparameterise(x0, s, eps), s)
+                losses.append(weigh(weight, schedule, s) * error.square().sum(1))
+        return Estimate.from_samples(torch.cat(losses))
+
+
+@dataclass(frozen=True, eq=False)
+class Exact(Predictor):
+    """The best denoiser of a law, equation (2). Its parameters are the schedule's; gradients flow to the law's tensors, too."""
+
+    law: Law
+    schedule: Schedule
+
+    def __post_init__(self):
+        if not isinstance(self.law, Law) or not isinstance(self.schedule, Schedule):
+            got = f"{type(self.law).__name__} and {type(self.schedule).__name__}"
+            raise ArgumentTypeError(f"Exact(law, schedule) needs a law and a Schedule such as VP(), got {got}.")
+
+    @property
+    def params(self):
+        return self.schedule.params
+
+    def with_params(self, p):
+        schedule = self.schedule.with_params(p)
+        return self if schedule is self.schedule else replace(self, schedule=schedule)
+
+    def pair(self, x, t):
+        t = above_zero(self.schedule, self.schedule.time(t))
+        _, x0, y = self.law.at(x, self.schedule, t)
+        return x0.to(x.dtype), (like(self.schedule.sigma(t), y) * y).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian(Law):
+    """N(mean, cov).
+
+    Parameters
+    ----------
+    mean : Tensor, shape (d,)
+    cov : Tensor, shape (d, d), positive semidefinite, or (d,), positive variances
+
+    Example
+    -------
+    >>> from sdesens.diffusion import Cosine
+    >>> Gaussian(torch.zeros(2), torch.ones(2)).floor(Cosine(), 0.5).mean
+    tensor(1.0000, dtype=torch.float64)
+    """
+
+    mean: Tensor
+    cov: Tensor
+
+    def __post_init__(self):
+        mean = keep(self, "mean", ("d",))
+        cov = keep(self, "cov", mean.shape, 2 * mean.shape)
+        object.__setattr__(self, "dim", len(mean))
+        object.__setattr__(self, "needs_noise", singular("cov", cov[None]))
+
+    def _at(self, x, alpha, sigma):
+        log_p, x0, y = components(x, alpha, sigma, self.mean[None], self.cov[None])
+        return log_p[:, 0], x0[:, 0], y[:, 0]
+
+    def sample(self, n, noise, first=0):
+        return scatter(normals(noise, first, n, self.dim, self.mean), self.mean[None], self.cov[None])[:, 0]
+
+    def floor(self, schedule, t=None, *, weight=simple, n_samples=2**14, seed=0):
+        low, high = span(schedule, t)
+        variances = axes(self.cov[None])[0].detach()
+
+        def loss(time: float) -> float:
+            s = above_zero(schedule, schedule.time(time))
+            signal = schedule.alpha(s) ** 2 * variances
+            return float((weigh(weight, schedule, s) * signal / (signal + schedule.sigma(s) ** 2)).sum())
+
+        with torch.no_grad():
+            exact = quad(loss, low, high, epsrel=1e-10, limit=200)[0] / (high - low) if low < high else loss(low)
+        return Estimate(torch.tensor(exact, dtype=D), torch.zeros((), dtype=D), 0, 1)
+
+    def tilt(self, a) -> "Gaussian":
+        """The law tilted by the reward a.x, a (d,), equation (6)."""
+        return replace(self, mean=self.mean + pull(self.cov[None], a)[0])
+
+    def flow(self, x: Tensor, schedule: Schedule, t_from, t_to) -> Tensor:
+        """Where the probability-flow ODE takes x (B, d) between times of shape () or (B,), equation (5).
+
+        Gradients flow to x, the schedule, the mean and variances (d,); a full cov must not ask for any.
+        """
+        if self.cov.dim() == 2 and (self.cov.requires_grad or not concrete(self.cov)):
+            raise ArgumentError(
+                "`cov` needs a gradient, which a flow gives to variances (d,) alone: use those, or detach it."
+            )
+        (variances, Q), wide = axes(self.cov[None]), rows(x, self.dim)
+
+        def scales(t: Tensor) -> tuple[Tensor, Tensor]:
+            alpha = like(schedule.alpha(t), wide)
+            return alpha, alpha**2 * variances[0] + like(schedule.sigma(t), wide) ** 2
+
+        (a, V), (b, W) = scales(self.time(schedule, t_from)), scales(schedule.time(t_to))
+        return (b * self.mean + ((wide - a * self.mean) @ Q[0] * root(W / V)) @ Q[0].mT).to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianMixture(Law):
+    """sum_k weights_k N(means_k, covs_k).
+
+    Parameters
+    ----------
+    weights : Tensor, shape (K,), not negative and of sum 1
+    means : Tensor, shape (K, d)
+    covs : Tensor, shape (K, d, d), positive semidefinite; (K, d), positive variances; or (), one variance for all
+
+    Example
+    -------
+    >>> GaussianMixture.ring().sample(3, 1).shape
+    torch.Size([3, 2])
+    """
+
+    weights: Tensor
+    means: Tensor
+    covs: Tensor
+
+    def __post_init__(self):
+        w = keep(self, "weights", ("K",))
+        means = keep(self, "means", (len(w), "d"))
+        covs = keep(self, "covs", (), means.shape, (*means.shape, means.shape[1]))
+        object.__setattr__(self, "dim", means.shape[1])
+        object.__setattr__(self, "needs_noise", singular("covs", covs))
+        if concrete(w) and not (bool((w >= 0).all()) and abs(float(w.detach().sum()) - 1) < 1e-6):
+            raise ArgumentError(f"`weights` must be >= 0 and sum to 1, got {w.tolist()}: divide them by their sum.")
+
+    @classmethod
+    def ring(cls, n: int = 8, radius: float = 2.0, std: float = 0.15) -> "GaussianMixture":
+        """n round Gaussians evenly on a circle in the plane, the first on the x-axis."""
+        angle = 2 * math.pi * torch.arange(n, dtype=D) / n
+        means = radius * torch.stack([angle.cos(), angle.sin()], 1)
+        return cls(torch.full((n,), 1 / n, dtype=D), means, torch.tensor(std**2, dtype=D))
+
+    @property
+    def _covs(self) -> Tensor:
+        return self.covs if self.covs.dim() else self.covs.expand(self.means.shape)
+
+    def _at(self, x, alpha, sigma):
+        log_p, x0, y = components(x, alpha, sigma, self.means, self._covs)
+        log_p = log_p + self.weights.log()
+        share = torch.softmax(log_p, 1)[..., None]
+        return torch.logsumexp(log_p, 1), (share * x0).sum(1), (share * y).sum(1)
+
+    def sample(self, n, noise, first=0):
+        z = normals(noise, first, n, 1 + self.dim, self.means)
+        bounds = self.weights.detach().cumsum(0)
+        k = torch.searchsorted(bounds, torch.special.ndtr(z[:, 0]) * bounds[-1], right=True)
+        return scatter(z[:, 1:], self.means, self._covs)[torch.arange(n, device=k.device), k]
+
+    def tilt(self, a) -> "GaussianMixture":
+        """The law tilted by the reward a.x, a (d,), equation (6)."""
+        shift = pull(self._covs, a)
+        log_w = self.weights.log() + (self.means + shift / 2) @ torch.as_tensor(a, dtype=D)
+        return replace(self, weights=torch.softmax(log_w, 0), means=self.means + shift)
+
+
+@dataclass(frozen=True, eq=False)
+class Empirical(Law):
+    """Some points (n, d), each as likely: the law that a network sees in training. Its denoiser recites them.
+
+    Distances come from inner products: log-responsibilities are rounded by 1e-16 |x| |point| SNR.
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP
+    >>> Empirical(torch.tensor([[0.0], [1.0]])).denoiser(VP()).x0(torch.tensor([[0.9]]), 0.01)
+    tensor([[1.]])
+    """
+
+    points: Tensor
+
+    def __post_init__(self):
+        object.__setattr__(self, "dim", keep(self, "points", ("n", "d")).shape[1])
+        object.__setattr__(self, "needs_noise", True)
+
+    def _at(self, x, alpha, sigma):
+        centre = self.points.mean(0)
+        p, z = self.points - centre, x - alpha * centre
+        square = z.square().sum(1, keepdim=True) - 2 * alpha * (z @ p.mT) + alpha**2 * p.square().sum(1)
+        logits = -square / (2 * sigma**2)
+        x0 = centre + torch.softmax(logits, 1) @ p
+        norm = math.log(len(p)) + self.dim * torch.log(math.sqrt(2 * math.pi) * sigma)
+        return torch.logsumexp(logits, 1) - norm.reshape(-1), x0, (x - alpha * x0) / sigma**2
+
+    def sample(self, n, noise, first=0):
+        u = torch.special.ndtr(normals(noise, first, n, 1, self.points)[:, 0])
+        return self.points.detach()[(u * len(self.points)).long()]
+
+
+def components(x, alpha, sigma, means, covs) -> tuple[Tensor, Tensor, Tensor]:
+    """log N(x; alpha m_k, V_k) (B, K), m_k + alpha C_k y_k and y_k (B, K, d), see equations (1) and (2)."""
+    alpha, sigma = alpha[..., None], sigma[..., None]
+    r = x[:, None] - alpha * means
+    if covs.dim() == 2:
+        V = alpha**2 * covs + sigma**2
+        y, log_det = r / V, torch.log(V).sum(-1)
+        Cy = covs * y
+    else:  # not by eigenvectors: their derivative is singular where eigenvalues repeat
+        eye = torch.eye(covs.shape[-1], dtype=D, device=covs.device)
+        L = torch.linalg.cholesky((alpha**2)[..., None] * covs + (sigma**2)[..., None] * eye)
+        y = torch.cholesky_solve(r[..., None], L)[..., 0]
+        log_det, Cy = 2 * torch.diagonal(L, dim1=-2, dim2=-1).log().sum(-1), (covs @ y[..., None])[..., 0]
+    return -((r * y).sum(-1) + log_det + x.shape[1] * math.log(2 * math.pi)) / 2, means + alpha * Cy, y
+
+
+def rows(x: Tensor, d: int) -> Tensor:
+    """x (B, d) in float64; raise ShapeError if it is not."""
+    if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[1] != d:
+        raise ShapeError(f"`x` must have shape (B, {d}), one vector a row, got {describe(x)}: use x.flatten(1).")
+    return x.to(D)
+
+
+def axes(covs: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances (K, d) along the axes (K, d, d) of covariances; detached unless they are variances already."""
+    if covs.dim() == 2:
+        return covs, torch.eye(covs.shape[-1], dtype=D, device=covs.device).expand(len(covs), -1, -1)
+    values, Q = torch.linalg.eigh(covs.detach())
+    return values.clamp(min=0.0), Q
+
+
+def scatter(z: Tensor, means: Tensor, covs: Tensor) -> Tensor:
+    """m_k + C_k^(1/2) z, (n, K, d), from normals z (n, d); detached."""
+    variances, Q = axes(covs)
+    return (means + torch.einsum("nd,kde,ke,kfe->nkf", z, Q, variances.sqrt(), Q)).detach()
+
+
+def pull(covs: Tensor, a) -> Tensor:
+    """C_k a, (K, d)."""
+    a = torch.as_tensor(a, dtype=D)
+    if a.shape != covs.shape[-1:]:
+        raise ShapeError(f"`a` must have shape {tuple(covs.shape[-1:])}, one slope a dimension, got {tuple(a.shape)}.")
+    return covs * a if covs.dim() == 2 else covs @ a
+
+
+def normals(noise: int | Noise, first: int, n: int, dim: int, beside: Tensor) -> Tensor:
+    """Standard normals (n, dim) of paths first ... first + n - 1, on the device of a tensor."""
+    source = Philox(noise) if isinstance(noise, int) else settle(None, noise)
+    return source.normals(first, count("n", n, 1), 0, 1, dim, dtype=D, device=beside.device)[0]
+
+
+def count(name: str, n, least: int) -> int:
+    """n, if it is an int and no fewer than the least."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < least:
+        raise ArgumentError(f"`{name}` must be an int, at least {least}, got {n!r}: it is a number of draws.")
+    return n
+
+
+def span(schedule: Schedule, t) -> tuple[float, float]:
+    """The times to average over."""
+    ends = [0.0, schedule.t_max] if t is None else torch.as_tensor(t, dtype=D).reshape(-1).tolist()
+    low, high = (float(schedule.time(s)) for s in (ends[0], ends[-1]))
+    if len(ends) > 2 or (len(ends) == 2 and not low < high):
+        raise GridError(f"`t` must be one time, or a range (low, high) with low < high, got {t!r}.")
+    return low, high
+
+
+def weigh(weight: Weight, schedule: Schedule, t: Tensor) -> Tensor:
+    """The weight at times t."""
+    return weight(schedule.log_snr(t), -schedule.t_max * schedule.log_snr_rate(t))
+
+
+def keep(law: Law, name: str, *shapes: tuple) -> Tensor:
+    """Make a field float64, if it is finite and of one of the shapes; a letter stands for any length."""
+    given = getattr(law, name)
+    try:
+        value = torch.as_tensor(given, dtype=D)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(f"`{name}` must be a tensor, got {given!r:.60}: use torch.tensor(...).") from error
+    n = value.shape
+    fits = (len(s) == len(n) and all(a in ("n", "K", "d", m) for a, m in zip(s, n, strict=True)) for s in shapes)
+    if not any(fits) or not value.numel():
+        raise ShapeError(
+            f"`{name}` must have shape {' or '.join(str(tuple(s)) for s in shapes)}, got {tuple(value.shape)}."
+        )
+    if concrete(value) and not bool(torch.isfinite(value).all()):
+        raise ArgumentError(f"`{name}` holds infinite or NaN values: remove them.")
+    object.__setattr__(law, name, value)
+    return value
+
+
+def singular(name: str, covs: Tensor) -> bool:
+    """Whether some covariance is; raise unless variances are positive, covariances symmetric and positive semidefinite."""
+    if not concrete(covs):
+        return False
+    covs = covs.detach()
+    if covs.dim() < 3:
+        if not bool((covs > 0).all()):
+            raise ArgumentError(
+                f"`{name}` must hold positive variances, got {float(covs.min()):g}: Empirical is for points."
+            )
+        return False
+    least, largest = float(torch.linalg.eigvalsh(covs).min()), float(covs.abs().max())
+    if float((covs - covs.mT).abs().max()) > 1e-10 * largest or least < -1e-10 * largest:
+        raise ArgumentError(
+            f"`{name}` must be symmetric and >= 0, got the least eigenvalue {least:g}: try (C + C.mT) / 2."
+        )
+    return least <= 1e-12 * largest
