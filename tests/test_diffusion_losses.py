@@ -20,6 +20,7 @@ from torch import nn
 
 from sdesens import Philox
 from sdesens.diffusion import EDM, VE, VP, CondOT, Cosine, Denoiser, Guided, LogSNR, Predictor, SubVP, Table
+from sdesens.diffusion.conversions import PREDICTIONS, combination, combine
 from sdesens.diffusion.draws import (
     DROP,
     NOISE,
@@ -34,16 +35,15 @@ from sdesens.diffusion.draws import (
 from sdesens.diffusion.losses import (
     Loss,
     dsm_loss,
-    edm,
-    likelihood,
-    min_snr,
+    edm_weight,
+    likelihood_weight,
+    min_snr_weight,
     prior_term,
-    simple,
+    simple_weight,
     step_cost,
     vlb,
     weight_on,
 )
-from sdesens.diffusion.predict import PREDICTIONS, combination, combine
 from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, GridError, ShapeError
 
 D = torch.float64
@@ -62,7 +62,12 @@ SCHEDULES = [
 ZERO_SNR = [CondOT(), Cosine(min_log_snr=-math.inf), Table.from_betas(torch.cat((BETAS[:-1], torch.ones(1, dtype=D))))]
 # a table's velocity says nothing about x0 at its end, where alpha' is zero with alpha
 AT_ZERO_SNR = [(s, o) for s in ZERO_SNR for o in ("v", "x0", "velocity") if o != "velocity" or not isinstance(s, Table)]
-WEIGHTS = {"simple": simple, "likelihood": likelihood, "min_snr": min_snr(5.0), "edm": edm(0.7)}
+WEIGHTS = {
+    "simple": simple_weight,
+    "likelihood": likelihood_weight,
+    "min_snr": min_snr_weight(5.0),
+    "edm": edm_weight(0.7),
+}
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 each_weight = pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 
@@ -342,7 +347,7 @@ def test_floors_of_uniform_times():
     for schedule in (VP(), Cosine()):
         law = Exact(schedule, 0.0, 1.0)
         t = uniform_times(schedule, u, t_min=0.0)
-        found[type(schedule).__name__] = float(expected(law, law.expressed("v"), t, simple) @ w)
+        found[type(schedule).__name__] = float(expected(law, law.expressed("v"), t, simple_weight) @ w)
     exact = quad(lambda t: math.exp(-t * (0.1 + 9.95 * t)), 0, 1, epsabs=1e-13)[0]
     assert found["VP"] == pytest.approx(exact, abs=1e-12)  # 64 nodes: an entire function, to rounding
     assert found["VP"] == pytest.approx(0.2760, abs=5e-5)
@@ -420,7 +425,7 @@ def test_min_snr_on_v_is_not_the_weight_on_x0_over_snr():
     """Negative control: dividing by SNR instead of SNR + 1, a mistake that trainers shipped, is far off."""
     t = VP().t_of_log_snr(torch.tensor([-4.0, 0.0], dtype=D))
     snr = torch.exp(VP().log_snr(t))
-    found = weight_on(min_snr(5.0), "v", VP(), t)
+    found = weight_on(min_snr_weight(5.0), "v", VP(), t)
     torch.testing.assert_close(found, snr / (snr + 1), rtol=1e-12, atol=0)
     assert bool((snr.clamp(max=5.0) / snr / found > 1.9).all())
 
@@ -437,7 +442,7 @@ def test_weights_on_any_schedule(schedule):
     h = 1e-5 * t  # truncation h^2 = 1e-10 relative, times the few units that third derivatives add
     inside = t < 0.99 * schedule.t_max
     lost = (schedule.log_snr((t - h)[inside]) - schedule.log_snr((t + h)[inside])) / (2 * h[inside] / schedule.t_max)
-    rate = 2 * weight_on(likelihood, "eps", schedule, t)[inside]
+    rate = 2 * weight_on(likelihood_weight, "eps", schedule, t)[inside]
     torch.testing.assert_close(rate, lost, rtol=1e-8, atol=0)
 
 
@@ -446,12 +451,12 @@ def test_edm_weights_the_output_of_a_preconditioned_network_by_one(schedule):
     sd, t = 0.5, times(schedule)
     x0, eps = sd * draw_noise(2, 0, (12, 3), dtype=D), draw_noise(2, 1, (12, 3), dtype=D)
     denoiser = Denoiser(lambda x, c: torch.tanh(x - c[:, None]), schedule, sigma_data=sd)
-    found = dsm_loss(denoiser, x0, t, eps, weight=edm(sd)).loss
+    found = dsm_loss(denoiser, x0, t, eps, weight=edm_weight(sd)).loss
     r = (schedule.sigma(t) / schedule.alpha(t))[:, None]
     z, n = x0 + r * eps, torch.sqrt(r**2 + sd**2)
     F, target = torch.tanh(z / n - r.log() / 4), (x0 - sd**2 / n**2 * z) * n / (r * sd)
     torch.testing.assert_close(found, (F - target).square().mean(1), rtol=1e-12, atol=0)
-    assert not torch.allclose(dsm_loss(denoiser, x0, t, eps, weight=edm(0.6)).loss, found, rtol=1e-2)
+    assert not torch.allclose(dsm_loss(denoiser, x0, t, eps, weight=edm_weight(0.6)).loss, found, rtol=1e-2)
 
 
 def test_weights_can_be_kept_and_written_by_hand():
@@ -482,7 +487,7 @@ def test_likelihood_weight_gives_the_entropy(schedule):
     log_t = torch.tensor(np.concatenate([(b - a) / 2 * x + (a + b) / 2 for a, b in pairwise(edges)]))
     w = torch.tensor(np.tile(w, 40) * (edges[1] - edges[0]) / 2)
     t = log_t.exp().clamp(max=schedule.t_max)
-    integral = float(expected(law, law.expressed("v"), t, likelihood) @ (w * t)) / schedule.t_max
+    integral = float(expected(law, law.expressed("v"), t, likelihood_weight) @ (w * t)) / schedule.t_max
     x0, _, weights = nodes(law)
     prior = float(prior_term(schedule, x0) @ weights)
     decoder = 0.5 * (math.log(2 * math.pi) + 1 - float(schedule.log_snr(t0)))
@@ -656,7 +661,7 @@ def wave(x, t):
 def test_items_do_not_see_each_other():
     x0, eps = draw_noise(1, 0, (10, 2, 3)), draw_noise(1, 1, (10, 2, 3))
     t = uniform_times(VP(), draw_uniforms(1, 0, 10))
-    loss = partial(dsm_loss, Denoiser(wave, VP(), "v"), weight=likelihood)
+    loss = partial(dsm_loss, Denoiser(wave, VP(), "v"), weight=likelihood_weight)
     whole = loss(x0, t, eps)
     order = torch.tensor([3, 9, 0, 4, 1, 8, 2, 7, 6, 5])
     halves = [loss(x0[i], t[i], eps[i]) for i in (slice(0, 4), slice(4, 10))]
@@ -700,7 +705,7 @@ def test_the_weight_and_the_factor_alone_would_be_not_a_number():
     """Negative control: w is infinite at zero SNR, alpha / D zero."""
     end = torch.ones((), dtype=D)
     log_snr, rate = CondOT().log_snr(end), -CondOT().log_snr_rate(end)
-    for weight in (edm(0.7), likelihood):
+    for weight in (edm_weight(0.7), likelihood_weight):
         assert math.isnan(float(weight(log_snr, rate) * CondOT().alpha(end) ** 2))
 
 
@@ -729,9 +734,9 @@ def test_half_precision_stops_at_the_network(prediction):
     assert float(found.loss.detach().mean()) == pytest.approx(float(plain.loss.detach().mean()), rel=2e-2)
     assert not torch.equal(found.loss, plain.loss)  # the network did run in bfloat16
     elementwise = Denoiser(wave, VP(), prediction)
-    plain = dsm_loss(elementwise, x0, t, eps, weight=likelihood).loss
+    plain = dsm_loss(elementwise, x0, t, eps, weight=likelihood_weight).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):  # and nothing but a network's products does
-        assert torch.equal(dsm_loss(elementwise, x0, t, eps, weight=likelihood).loss, plain)
+        assert torch.equal(dsm_loss(elementwise, x0, t, eps, weight=likelihood_weight).loss, plain)
 
 
 def test_the_output_is_cast_up_before_the_subtraction():
@@ -805,20 +810,20 @@ def test_a_predictor_of_the_wrong_shape_is_refused():
 def test_bad_weights_say_what_is_wrong():
     for gamma in (0.0, -1.0, math.nan, math.inf, "5"):
         with pytest.raises(ArgumentError, match="`gamma`"):
-            min_snr(gamma)
+            min_snr_weight(gamma)
     with pytest.raises(ArgumentError, match="`sigma_data`"):
-        edm(0.0)
+        edm_weight(0.0)
     with pytest.raises(ArgumentError, match="here it is called 'eps'"):
-        weight_on(simple, "epsilon", VP(), 0.5)
+        weight_on(simple_weight, "epsilon", VP(), 0.5)
     with pytest.raises(ArgumentError, match="here it is called 'v'"):
-        weight_on(simple, "v_prediction", VP(), 0.5)
+        weight_on(simple_weight, "v_prediction", VP(), 0.5)
     with pytest.raises(GridError, match="outside"):
-        weight_on(simple, "v", VP(), 2.0)
+        weight_on(simple_weight, "v", VP(), 2.0)
     with pytest.raises(GridError, match="without noise"):
-        weight_on(simple, "x0", VP(), 0.0)
+        weight_on(simple_weight, "x0", VP(), 0.0)
     for prediction in ("eps", "score"):
         with pytest.raises(ArgumentError, match="needs some signal"):
-            weight_on(edm(0.5), prediction, CondOT(), 1.0)
+            weight_on(edm_weight(0.5), prediction, CondOT(), 1.0)
         with pytest.raises(ArgumentError, match="no signal left"):
             Denoiser(wave, CondOT(), prediction)
 

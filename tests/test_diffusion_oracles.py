@@ -15,8 +15,9 @@ from torch.func import jacrev, jvp, vjp, vmap
 
 from sdesens import Antithetic, Philox
 from sdesens.diffusion import EDM, VE, VP, CondOT, Cosine, SubVP
-from sdesens.diffusion.losses import dsm_loss, likelihood, min_snr
-from sdesens.diffusion.oracles import Empirical, Exact, Gaussian, GaussianMixture, Law
+from sdesens.diffusion.law import Exact, Law
+from sdesens.diffusion.losses import dsm_loss, likelihood_weight, min_snr_weight
+from sdesens.diffusion.oracles import Empirical, Gaussian, GaussianMixture
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
 
 D = torch.float64
@@ -289,7 +290,7 @@ def test_the_floor_of_a_mixture_is_d_less_the_score(t):
     assert abs(float(found.mean) - 1.15 * expected) > 4 * float(found.standard_error)  # it can tell a seventh
 
 
-@pytest.mark.parametrize("weight", [min_snr(5.0), likelihood], ids=["min-SNR", "likelihood"])
+@pytest.mark.parametrize("weight", [min_snr_weight(5.0), likelihood_weight], ids=["min-SNR", "likelihood"])
 def test_the_loss_of_the_exact_denoiser_is_the_floor(weight):
     law, n = LAWS["mixture"], 2**14
     t = 0.05 + 0.95 * torch.rand(n, dtype=D, generator=torch.Generator().manual_seed(3))

@@ -11,7 +11,7 @@ from torch.func import functional_call, jacfwd, jacrev
 
 from sdesens import Philox
 from sdesens.diffusion import EDM, VE, VP, CondOT, Cosine, Discrete, LogSNR, Schedule, SubVP, Table
-from sdesens.diffusion.schedule import like
+from sdesens.diffusion.values import like
 from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, GridError, PriorGapWarning, ShapeError
 
 D = torch.float64

@@ -25,10 +25,11 @@ from torch import Tensor
 from sdesens.diffusion.chain import GridClock
 from sdesens.diffusion.equations import Backwards, check_denoiser, check_eta
 from sdesens.diffusion.grids import check_grid
-from sdesens.diffusion.predict import Predictor
+from sdesens.diffusion.predict import Predictor, check_predictor
 from sdesens.diffusion.samplers import walk
-from sdesens.diffusion.schedule import Schedule, like
+from sdesens.diffusion.schedule import Schedule
 from sdesens.diffusion.sensitivity import Reward
+from sdesens.diffusion.values import like
 from sdesens.errors import ArgumentError, MemoryWarning, ShapeError
 from sdesens.noise import Noise
 from sdesens.sde import check_function
@@ -87,7 +88,7 @@ def lean_adjoint(base: Predictor, xs: Tensor, grid, reward: Reward, *, eta: floa
     >>> a.shape, a[-1, 0].item()
     (torch.Size([101, 2, 1]), -1.0)
     """
-    check_denoiser(base.schedule if isinstance(base, Predictor) else None, base)
+    check_predictor("base", base)
     check_function("reward", reward, ("x",))
     grid = check_grid(base.schedule, grid)
     if not isinstance(xs, Tensor) or xs.dim() < 3 or len(xs) != len(grid):
@@ -194,7 +195,7 @@ def adjoint_matching_loss(
     MemoryWarning
         If more than a hundredth of the start is remembered, equation (3): the tuned law is not p*.
     """
-    check_denoiser(base.schedule if isinstance(base, Predictor) else None, base)
+    check_predictor("base", base)
     check_denoiser(base.schedule, denoiser)
     strength, grid = _positive(eta), check_grid(base.schedule, grid)
     kept = memory(base.schedule, strength, data_std=data_std, t=float(grid[0]))

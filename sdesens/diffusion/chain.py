@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.equations import Backwards, check_denoiser, check_eta, require_finite
+from sdesens.diffusion.equations import Backwards, check_eta, require_finite
 from sdesens.diffusion.grids import check_grid
-from sdesens.diffusion.predict import Predictor
-from sdesens.diffusion.schedule import like
+from sdesens.diffusion.predict import Predictor, check_predictor
 from sdesens.diffusion.steps import Span, Step, ddim_step
+from sdesens.diffusion.values import like
 from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
 from sdesens.sde import SDE, Params, check_parameter
 from sdesens.tensors import concrete
@@ -127,8 +127,7 @@ def sampler_sde(
     ------
     GridError, ShapeError, ArgumentError, ArgumentTypeError
     """
-    if not isinstance(denoiser, Predictor):
-        check_denoiser(getattr(denoiser, "schedule", None), denoiser)
+    check_predictor("denoiser", denoiser)
     schedule = denoiser.schedule
     grid = check_grid(schedule, grid)
     std = schedule.prior_std.detach() if start is None else start

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.predict import Predictor, combine
-from sdesens.diffusion.schedule import like
+from sdesens.diffusion.conversions import combine
+from sdesens.diffusion.predict import Predictor, check_predictor
+from sdesens.diffusion.values import like
 from sdesens.errors import ArgumentError, ArgumentTypeError
 from sdesens.sde import SDE, Params
 from sdesens.tensors import concrete
@@ -164,10 +165,7 @@ def check_eta(eta) -> Tensor:
 
 def check_denoiser(schedule: "Schedule", denoiser) -> None:
     """Raise unless the denoiser is one, for this schedule."""
-    if not isinstance(denoiser, Predictor):
-        raise ArgumentTypeError(
-            f"`denoiser` must be a Denoiser, got {type(denoiser).__name__}: Denoiser(net, schedule, prediction) says what a network predicts."
-        )
+    check_predictor("denoiser", denoiser)
     if not denoiser.schedule.same_as(schedule):
         raise ArgumentError(
             f"`denoiser` was made for {denoiser.schedule!r}, not for {schedule!r}: use its own schedule."

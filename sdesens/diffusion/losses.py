@@ -33,16 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdesens.diffusion.conversions import NEEDS_SIGNAL, above_zero, combination, combine, require_signal
 from sdesens.diffusion.draws import check_uniform, first_time
-from sdesens.diffusion.predict import (
-    NEEDS_SIGNAL,
-    Denoiser,
-    Predictor,
-    above_zero,
-    combination,
-    combine,
-    require_signal,
-)
+from sdesens.diffusion.predict import Denoiser, Predictor, check_predictor
 from sdesens.diffusion.schedule import ZERO_SNR, Schedule
 from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, GridError, ShapeError
 from sdesens.tensors import concrete, describe
@@ -70,12 +63,12 @@ class Loss(NamedTuple):
     log_snr: Tensor
 
 
-def simple(log_snr: Tensor, rate: Tensor) -> Tensor:
+def simple_weight(log_snr: Tensor, rate: Tensor) -> Tensor:
     """w = 1, as in DDPM."""
     return torch.ones_like(log_snr)
 
 
-def likelihood(log_snr: Tensor, rate: Tensor) -> Tensor:
+def likelihood_weight(log_snr: Tensor, rate: Tensor) -> Tensor:
     """w = -lambda'/2: over times uniform in [0, t_max] the mean loss is the bound's integral (3), in nats a dimension.
 
     With `uniform_times` from t_min on, multiply by 1 - t_min/t_max. It grows like 1/t towards the data, and the loss varies much.
@@ -83,19 +76,19 @@ def likelihood(log_snr: Tensor, rate: Tensor) -> Tensor:
     return rate / 2
 
 
-def min_snr(gamma: float = 5.0) -> Weight:
+def min_snr_weight(gamma: float = 5.0) -> Weight:
     """w = min(SNR, gamma)/SNR: small noise levels count no more than SNR = gamma on x0. Hang et al. use gamma = 5.
 
     Example
     -------
-    >>> round(float(min_snr(5.0)(torch.tensor(20.0).log(), None)), 6)  # at SNR = 20
+    >>> round(float(min_snr_weight(5.0)(torch.tensor(20.0).log(), None)), 6)  # at SNR = 20
     0.25
     """
     _check_positive("gamma", gamma, "5 is usual")
     return partial(_min_snr, gamma=float(gamma))
 
 
-def edm(sigma_data: float) -> Weight:
+def edm_weight(sigma_data: float) -> Weight:
     """w = (r^2 + sd^2)/sd^2, r = sigma/alpha: weight 1 on the output of a network preconditioned for data of this deviation."""
     _check_positive("sigma_data", sigma_data, "it is the data's standard deviation")
     return partial(_edm, sigma_data=float(sigma_data))
@@ -115,7 +108,7 @@ def weight_on(weight: Weight, prediction: str, schedule: Schedule, t) -> Tensor:
     Parameters
     ----------
     weight : callable (log_snr, rate) -> Tensor
-        `simple`, `likelihood`, `min_snr(5)`, `edm(0.5)`, or your own.
+        `simple_weight`, `likelihood_weight`, `min_snr_weight(5)`, `edm_weight(0.5)`, or your own.
     prediction : {"eps", "x0", "v", "score", "velocity"}
     schedule : Schedule
     t : number, or Tensor of any shape
@@ -133,7 +126,7 @@ def weight_on(weight: Weight, prediction: str, schedule: Schedule, t) -> Tensor:
     -------
     >>> from sdesens.diffusion import VP
     >>> t = VP().t_of_log_snr(0.0)
-    >>> [round(float(weight_on(simple, o, VP(), t)), 12) for o in ("eps", "x0", "v")]  # SNR = 1
+    >>> [round(float(weight_on(simple_weight, o, VP(), t)), 12) for o in ("eps", "x0", "v")]  # SNR = 1
     [1.0, 1.0, 0.5]
     """
     t = above_zero(schedule, schedule.time(t))
@@ -144,7 +137,7 @@ def weight_on(weight: Weight, prediction: str, schedule: Schedule, t) -> Tensor:
     return _factors(weight, schedule, t, at)[1]
 
 
-def dsm_loss(denoiser: Predictor, x0: Tensor, t, eps: Tensor, *, weight: Weight = simple) -> Loss:
+def dsm_loss(denoiser: Predictor, x0: Tensor, t, eps: Tensor, *, weight: Weight = simple_weight) -> Loss:
     """The denoising loss of each item, equation (2): a pure function of its arguments, for any training loop.
 
     Parameters
@@ -175,7 +168,7 @@ def dsm_loss(denoiser: Predictor, x0: Tensor, t, eps: Tensor, *, weight: Weight 
     >>> from sdesens.diffusion import VP
     >>> from sdesens.diffusion.draws import draw_noise, draw_uniforms, uniform_times
     >>> x0, t, eps = torch.ones(4, 2), uniform_times(VP(), draw_uniforms(1, 0, 4)), draw_noise(1, 0, (4, 2))
-    >>> dsm_loss(Denoiser(lambda x, t: 0 * x, VP(), "v"), x0, t, eps, weight=min_snr(5.0)).loss.shape
+    >>> dsm_loss(Denoiser(lambda x, t: 0 * x, VP(), "v"), x0, t, eps, weight=min_snr_weight(5.0)).loss.shape
     torch.Size([4])
     """
     _check_inputs(denoiser, x0, eps)
@@ -284,10 +277,7 @@ def _check_data(x0) -> None:
 
 
 def _check_inputs(denoiser, x0, eps) -> None:
-    if not isinstance(denoiser, Predictor):
-        raise ArgumentTypeError(
-            f"`denoiser` must be a Denoiser, got {type(denoiser).__name__}: Denoiser(net, schedule, prediction) says what a network predicts."
-        )
+    check_predictor("denoiser", denoiser)
     _check_data(x0)
     if isinstance(eps, Tensor) and eps.dtype != x0.dtype:
         raise DtypeError(f"`eps` must have the dtype of `x0`, {x0.dtype}, got {eps.dtype}: draw it with that dtype.")

@@ -1,29 +1,14 @@
-"""What a network predicts, and how one prediction becomes another.
+"""Predictors: what tells clean data and noise apart at x_t; and the network together with what it predicts.
 
-A network returns a combination of the clean data and the noise,
-
-    o = a x_0 + b eps,      x = alpha x_0 + sigma eps,                                            (1)
-
-so with D = alpha b - sigma a
-
-    x_0 = (b x - sigma o) / D,     eps = (alpha o - a x) / D,     |d eps| = |alpha / D| |d o|.    (2)
-
-    prediction   a                         b                       where
-    eps          0                         1
-    x0           1                         0
-    v            -sigma/n                  alpha/n                 n^2 = alpha^2 + sigma^2 (1 for VP)
-    score        0                         -1/sigma                s = grad log p_t
-    velocity     alpha'                    sigma'                  dx/dt of the probability-flow ODE
-    F            (1 - c_skip)/c_out        -c_skip r/c_out         r = sigma/alpha; preconditioning of Karras et al.
-
-F is what a preconditioned network returns: with data of standard deviation sd and z = x/alpha = x_0 + r eps,
+What a network returns is converted by `conversions.py`. A preconditioned one returns F: with data of standard deviation sd and
+z = x/alpha = x_0 + r eps, r = sigma/alpha,
 
     x_0 = c_skip z + c_out F(c_in z, c_noise),   c_skip = sd^2/(r^2 + sd^2),   c_out = r sd/sqrt(r^2 + sd^2),
-    c_in = 1/sqrt(r^2 + sd^2),   c_noise = log(r)/4.                                               (3)
+    c_in = 1/sqrt(r^2 + sd^2),   c_noise = log(r)/4,                                                           (1)
 
-With sd = 1, F is v up to its sign.
+so that F = a x_0 + b eps with a = (1 - c_skip)/c_out and b = -c_skip r/c_out. With sd = 1, F is v up to its sign.
 
-References: J. Ho et al., 2006.11239 (eps); T. Salimans, J. Ho, 2202.00512 (v); T. Karras et al., 2206.00364 (F).
+Reference: T. Karras et al., 2206.00364.
 """
 
 import math
@@ -34,94 +19,23 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from sdesens.diffusion.schedule import ZERO_SNR, Schedule, like, rebound
-from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
+from sdesens.diffusion.conversions import (
+    NEEDS_SIGNAL,
+    SILENT,
+    above_zero,
+    check_prediction,
+    combination,
+    combine,
+    split,
+)
+from sdesens.diffusion.schedule import Schedule
+from sdesens.diffusion.values import like, one_number, rebound
+from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
 from sdesens.modules import Lent
 from sdesens.sde import Params, check_parameter
-from sdesens.tensors import concrete, describe
+from sdesens.tensors import describe
 
 NET = "net."
-
-
-def _of_v(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    n = torch.sqrt(alpha**2 + sigma**2)
-    return -sigma / n, alpha / n
-
-
-PREDICTIONS: dict[str, Callable[[Schedule, Tensor], tuple[Tensor, Tensor]]] = {
-    "eps": lambda schedule, t: (torch.zeros_like(t), torch.ones_like(t)),
-    "x0": lambda schedule, t: (torch.ones_like(t), torch.zeros_like(t)),
-    "v": _of_v,
-    "score": lambda schedule, t: (torch.zeros_like(t), -1 / schedule.sigma(t)),
-    "velocity": lambda schedule, t: schedule.rates(t),
-}
-NEEDS_SIGNAL = ("eps", "score")  # they are silent about x0 where alpha = 0
-SILENT = 1e-6  # |a sigma| below which a prediction does not tell x0 there
-OTHER_NAMES = {
-    "epsilon": "eps",
-    "noise": "eps",
-    "sample": "x0",
-    "v_prediction": "v",
-    "flow": "velocity",
-    "F": "sigma_data=",
-}
-
-
-def combination(prediction: str, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """a and b of equation (1) at times t, float64."""
-    check_prediction(prediction)
-    return PREDICTIONS[prediction](schedule, schedule.time(t))
-
-
-def split(out: Tensor, x: Tensor, t: Tensor, schedule: Schedule, ab: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """x_0 and eps, equation (2), from a prediction with the coefficients ab."""
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    a, b = ab
-    D = alpha * b - sigma * a
-
-    def over(c: Tensor) -> Tensor:
-        return like(c / D, x)
-
-    return over(b) * x - over(sigma) * out, over(alpha) * out - over(a) * x
-
-
-def convert(out: Tensor, x: Tensor, t, schedule: Schedule, have: str, want: str) -> Tensor:
-    """One prediction from another, by equation (2).
-
-    Parameters
-    ----------
-    out, x : Tensor, shape (B, *event)
-        The prediction, and where it was made.
-    t : number, or Tensor of shape () or (B,)
-    have, want : {"eps", "x0", "v", "score", "velocity"}
-
-    Returns
-    -------
-    Tensor, shape (B, *event)
-
-    Example
-    -------
-    >>> from sdesens.diffusion import VP
-    >>> x, v = torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
-    >>> bool(torch.allclose(convert(v, x, 0.5, VP(), "v", "x0"), VP().alpha(0.5) * x))
-    True
-    """
-    if not isinstance(out, Tensor) or out.shape != x.shape:
-        raise ShapeError(f"`out` must have the shape of `x`, {tuple(x.shape)}, got {describe(out)}.")
-    t = above_zero(schedule, schedule.time(t))
-    a, b = combination(have, schedule, t)
-    if concrete(t):
-        silent = (a * schedule.sigma(t)).abs() < SILENT
-        require_signal(schedule, t[silent], f"converting from {have!r}")
-    x0, eps = split(out, x, t, schedule, (a, b))
-    return combine(x0, eps, combination(want, schedule, t))
-
-
-def combine(x0: Tensor, eps: Tensor, ab: tuple[Tensor, Tensor]) -> Tensor:
-    """a x_0 + b eps, equation (1)."""
-    a, b = ab
-    return like(a, x0) * x0 + like(b, x0) * eps
 
 
 class Predictor(ABC):
@@ -169,6 +83,15 @@ class Predictor(ABC):
         return combine(*self.pair(x, t), combination(prediction, self.schedule, self.schedule.time(t)))
 
 
+def check_predictor(name: str, value) -> None:
+    """Raise ArgumentTypeError unless this is a predictor."""
+    if not isinstance(value, Predictor):
+        raise ArgumentTypeError(
+            f"`{name}` must be a Denoiser or another predictor, got {type(value).__name__}: Denoiser(net, schedule, prediction) says what "
+            "a network predicts."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Denoiser(Predictor):
     """A network together with what it predicts.
@@ -182,7 +105,7 @@ class Denoiser(Predictor):
     prediction : {"eps", "x0", "v", "score", "velocity"}
         What `net` returns.
     sigma_data : float, instead of `prediction`
-        The network is preconditioned by equation (3), for data of this standard deviation: it is called with (c_in z,
+        The network is preconditioned by equation (1), for data of this standard deviation: it is called with (c_in z,
         c_noise) and returns F.
     cond : Tensor, optional
         The condition: shape (B, ...), or () for one that all rows share.
@@ -256,7 +179,7 @@ class Denoiser(Predictor):
         return rebound(self, schedule=schedule, parameters={**self.parameters, **found})
 
     def _tells_x0_at_the_end(self) -> bool:
-        """Whether equation (2) can be solved for x_0 at t_max, where alpha = 0: D is b alpha - a sigma = -a sigma."""
+        """Whether x_0 can be told from the prediction at t_max, where alpha = 0: D is b alpha - a sigma = -a sigma."""
         if self.prediction in (*NEEDS_SIGNAL, None):
             return False
         with torch.no_grad():
@@ -268,7 +191,7 @@ class Denoiser(Predictor):
         return replace(self, cond=torch.as_tensor(cond))
 
     def raw(self, x: Tensor, t) -> Tensor:
-        """What the network returns, (B, *event): `prediction`, or F of equation (3)."""
+        """What the network returns, (B, *event): `prediction`, or F of equation (1)."""
         t = self.schedule.time(t)
         if self.sigma_data is not None:
             alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
@@ -277,7 +200,7 @@ class Denoiser(Predictor):
         return self._call(x, t)
 
     def combination(self, t) -> tuple[Tensor, Tensor]:
-        """a and b of what the network returns, equation (1), at times t."""
+        """a and b of what the network returns, a x_0 + b eps, at times t."""
         t = self.schedule.time(t)
         if self.sigma_data is None:
             assert self.prediction is not None  # one of the two is given
@@ -313,41 +236,3 @@ class Denoiser(Predictor):
                 f"`cond` has {len(cond)} rows for a batch of {n}: give one a row, or a 0-dim tensor that all rows share."
             )
         return cond if cond.dim() else cond.expand(n)
-
-
-def one_number(name: str, value) -> float:
-    """The value of a number or a 0-dim tensor; raise ArgumentTypeError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor) or torch.as_tensor(value).dim():
-        raise ArgumentTypeError(f"`{name}` must be a number or a 0-dim tensor, got {value!r:.60}.")
-    return torch.as_tensor(value).item()
-
-
-def check_prediction(prediction) -> None:
-    """Raise ArgumentError unless this names a prediction."""
-    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
-        hint = OTHER_NAMES.get(prediction) if isinstance(prediction, str) else None
-        remedy = f": here it is called {hint!r}." if hint else "."
-        raise ArgumentError(
-            f"`prediction` must be one of {', '.join(map(repr, PREDICTIONS))}, got {prediction!r}{remedy}"
-        )
-
-
-def above_zero(schedule: Schedule, t: Tensor) -> Tensor:
-    """t, if there is noise at t: without noise there is no eps and no score."""
-    sigma = schedule.sigma(t)
-    if concrete(sigma) and not bool((sigma > 0).all()):
-        raise GridError(
-            "`t` holds a time without noise, where eps and the score do not exist: use t > 0, 1e-5 t_max for a likelihood; a sampler's "
-            "grid may end there."
-        )
-    return t
-
-
-def require_signal(schedule: Schedule, t: Tensor, what: str) -> None:
-    """Raise ArgumentError if some t has no signal left."""
-    log_snr = schedule.log_snr(t)
-    if concrete(log_snr) and bool((log_snr < ZERO_SNR).any()):
-        raise ArgumentError(
-            f"{what} at t = {float(t.max()):g} of {schedule!r} needs some signal, and none is left there: use "
-            "schedule.t_of_log_snr(-20) for the last time."
-        )

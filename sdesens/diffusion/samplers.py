@@ -16,8 +16,9 @@ from torch import Tensor
 
 from sdesens.diffusion.chain import sampler_sde
 from sdesens.diffusion.predict import Predictor
-from sdesens.diffusion.schedule import Schedule, like
+from sdesens.diffusion.schedule import Schedule
 from sdesens.diffusion.steps import Step, ddim_step, dpmpp_2m_step, heun_step
+from sdesens.diffusion.values import like
 from sdesens.errors import ArgumentError, ArgumentTypeError, NonFiniteError, ShapeError
 from sdesens.integrate import scheme
 from sdesens.noise import Noise, Philox, settle

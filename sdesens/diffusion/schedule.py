@@ -12,13 +12,11 @@ time. A training draw is its one-time marginal, eps = W(tau_t) / sqrt(tau_t).
 the solution of (2).
 
 References: Y. Song et al., ICLR 2021 (arXiv 2011.13456); D. Kingma et al., NeurIPS 2021 (2107.00630).
-The schedules themselves are in `schedules.py` and `tables.py`.
+The schedules themselves are in `preserving.py`, `schedules.py` and `tables.py`.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
@@ -26,7 +24,8 @@ import torch
 from torch import Tensor
 
 from sdesens.diffusion.summary import Summary, prior_gap, summarise
-from sdesens.errors import ArgumentTypeError, DtypeError, GridError, ShapeError
+from sdesens.diffusion.values import like, reals, rebound, root, same, shown
+from sdesens.errors import ArgumentTypeError, GridError, ShapeError
 from sdesens.noise import Noise
 from sdesens.sde import SDE, Params, check_parameter
 from sdesens.tensors import concrete, describe
@@ -148,7 +147,7 @@ class Schedule(ABC):
     def same_as(self, other: "Schedule") -> bool:
         """Whether the other is the same kind of schedule with the same values."""
         return type(self) is type(other) and all(
-            _same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+            same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
         )
 
     def time(self, t) -> Tensor:
@@ -283,71 +282,5 @@ class Schedule(ABC):
         return summarise(self, mean, cov)
 
     def __repr__(self) -> str:
-        shown = {f.name: getattr(self, f.name) for f in fields(self)}
-        text = (
-            f"{k}={v.item() if isinstance(v, Tensor) else v:.6g}" if _number(v) else f"{k}={_short(v)}"
-            for k, v in shown.items()
-        )
+        text = (f"{f.name}={shown(getattr(self, f.name))}" for f in fields(self))
         return f"{type(self).__name__}({', '.join(text)})"
-
-
-def rebound(frozen, **values):
-    """A copy of a frozen dataclass with other tensors in some of its fields, unchecked: in a time loop checks would cost more than steps."""
-    new = copy(frozen)
-    for name, value in values.items():
-        object.__setattr__(new, name, value)
-    return new
-
-
-def reals(name: str, x) -> Tensor:
-    """Numbers as a float64 tensor; raise DtypeError unless they are real."""
-    try:
-        given = x if isinstance(x, Tensor) else torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentTypeError(
-            f"`{name}` must be a number or a tensor, got {x!r:.60}: use torch.tensor(...)."
-        ) from error
-    if given.is_complex() or given.dtype == torch.bool:
-        raise DtypeError(f"`{name}` must be real, got {given.dtype}: use torch.float64.")
-    # torch reads plain floats in its default dtype: 0.1 would be off by 1e-9
-    return given.to(torch.float64) if isinstance(x, Tensor) else torch.as_tensor(x, dtype=torch.float64)
-
-
-def root(x: Tensor) -> Tensor:
-    """sqrt(x), with derivative 0 where x = 0: there a parameter has no influence, yet sqrt' is infinite."""
-    zero = x == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
-
-
-def like(a: Tensor, x: Tensor) -> Tensor:
-    """A coefficient of shape () or (B,) in the dtype of x (B, *event), with axes that line up with its rows."""
-    if not x.is_floating_point():
-        raise DtypeError(
-            f"states must be real and floating, got {x.dtype}: use x.float(), with data scaled to order 1."
-        )
-    if a.dim() > 1 or (a.dim() == 1 and len(a) != len(x)):
-        raise ShapeError(
-            f"`t` must have shape () or ({len(x)},), one time a row of x {tuple(x.shape)}, got {tuple(a.shape)}: give each row its own, "
-            "or one for all."
-        )
-    return a.to(x).reshape(-1, *[1] * (x.dim() - 1)) if a.dim() else a.to(x)
-
-
-def _same(a, b) -> bool:
-    if a is b:
-        return True
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return concrete(a) and concrete(b) and torch.equal(a, b)
-    return type(a) is type(b) and a == b
-
-
-def _number(value) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0 and concrete(value))
-
-
-def _short(value) -> str:
-    if isinstance(value, Tensor):
-        return f"<{describe(value)}>"
-    return getattr(value, "__name__", None) or ("{...}" if isinstance(value, Mapping) else repr(value))

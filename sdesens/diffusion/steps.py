@@ -24,9 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.predict import Predictor, require_signal
-from sdesens.diffusion.schedule import Schedule, like
-from sdesens.diffusion.schedules import root
+from sdesens.diffusion.conversions import require_signal
+from sdesens.diffusion.predict import Predictor
+from sdesens.diffusion.schedule import Schedule
+from sdesens.diffusion.values import like, root
 from sdesens.tensors import concrete
 
 Step = Callable[..., tuple[Tensor, Tensor | None]]

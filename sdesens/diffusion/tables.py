@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sdesens.diffusion.schedule import Schedule, rebound
-from sdesens.diffusion.schedules import VariancePreserving
+from sdesens.diffusion.preserving import VariancePreserving
+from sdesens.diffusion.schedule import Schedule
+from sdesens.diffusion.values import rebound
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
 from sdesens.sde import check_function, check_parameter
 from sdesens.tensors import concrete, describe

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.predict import Denoiser, Predictor, above_zero
-from sdesens.diffusion.schedule import like, rebound
+from sdesens.diffusion.conversions import above_zero
+from sdesens.diffusion.predict import Denoiser, Predictor
+from sdesens.diffusion.values import like, rebound
 from sdesens.errors import ArgumentError, ArgumentTypeError
 from sdesens.sde import check_parameter
 
