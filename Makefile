@@ -20,6 +20,7 @@ lint: $(READY)
 bars: $(READY)  ## the accuracy claims of docs/accuracy.md at full size (half an hour)
 	$(BIN)/python benchmarks/bars.py
 	$(BIN)/python benchmarks/jumps.py
+	$(BIN)/python benchmarks/diffusion.py
 
 bench: $(READY)  ## speed beside torchsde, diffrax, jax, numba and hand-written loops (half an hour)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,bench]'

@@ -60,3 +60,22 @@ def test_blocks_of_the_page_on_estimators(capsys):
     policy = session["logits"].softmax(1)
     assert policy[0, 0] > 0.8
     assert policy[1, 2] > 0.8
+
+
+def test_page_on_diffusion_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "diffusion.md").read_text(), flags=re.DOTALL)
+    session: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/diffusion.md", "exec"), session)
+    guidance = session["result"].gradient["guidance"]
+    # mu (1 - alpha_T^2) = 1.5 in continuous time; 50 steps of order 1 leave a few per cent
+    assert abs(float(guidance.mean) - 1.5) < 0.05
+    assert session["samples"].shape == (1000, 2)
+    assert (
+        float(
+            (session["found"].log_prob - session["law"].log_density(session["law"].sample(8, 3), session["VP"](), 1e-5))
+            .abs()
+            .max()
+        )
+        < 5e-3
+    )

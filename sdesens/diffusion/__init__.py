@@ -1,7 +1,7 @@
 """Diffusion models: the same idea at one time, x_t = alpha_t x_0 + sigma_t eps, tied to the SDE with those marginals."""
 
 from sdesens.diffusion.adjoint_matching import adjoint_matching_loss, lean_adjoint, matching_loss, memory
-from sdesens.diffusion.bridges import SchedulerView, from_diffusers, to_diffusers, wrap_unet
+from sdesens.diffusion.bridges import from_diffusers, to_diffusers, wrap_unet
 from sdesens.diffusion.chain import sampler_sde
 from sdesens.diffusion.conversions import convert
 from sdesens.diffusion.dequantise import bits_per_dim, dequantise
@@ -25,6 +25,7 @@ from sdesens.diffusion.predict import Denoiser, Predictor
 from sdesens.diffusion.preserving import VP, Cosine, SubVP
 from sdesens.diffusion.samplers import ancestral, ddim, dpmpp_2m, euler_maruyama, heun, prior, walk
 from sdesens.diffusion.schedule import Schedule
+from sdesens.diffusion.scheduler_view import SchedulerView
 from sdesens.diffusion.schedules import EDM, VE, CondOT
 from sdesens.diffusion.sensitivity import sampler_problem
 from sdesens.diffusion.steps import ddim_step, dpmpp_2m_step, heun_step

@@ -1,58 +1,26 @@
-"""To and from discrete-time models, in the words of diffusers (0.42).
+"""Schedulers and networks of diffusers (0.42), to and from.
 
-Index i of T steps is the time (i + 1)/T of the way to t_max, and i = -1 is the data. With abar = alpha^2 = 1 - sigma^2,
-
-    beta_i = 1 - abar_i / abar_{i-1},      abar_{-1} = 1,                                                       (1)
-    add_noise     x_i = alpha_i x_0 + sigma_i eps,          get_velocity     v = alpha_i eps - sigma_i x_0,     (2)
-    step          from i to the next of `timesteps`, equation (1) of `steps.py`; from the last, to x_0.         (3)
-
-diffusers keeps abar as a float32 product of T factors, each off by up to 2^-24. That is nothing to alpha, but near the data
-sigma^2 = 1 - abar is small: sigma_0 of DDPM is wrong by 1e-4 of itself. Here tables are float64.
-
-References: J. Ho et al., 2006.11239; J. Song et al., 2010.02502. Only `to_diffusers` imports diffusers.
+diffusers keeps abar = alpha^2 as a float32 product of T factors, each off by up to 2^-24. That is nothing to alpha, but near the
+data sigma^2 = 1 - abar is small: sigma_0 of DDPM is wrong by 1e-4 of itself. Here tables are float64, and betas are those of
+`scheduler_view.py`. Only `to_diffusers` imports diffusers.
 """
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sdesens.diffusion.chain import check_option
-from sdesens.diffusion.conversions import combination, combine, split
 from sdesens.diffusion.schedule import Schedule
-from sdesens.diffusion.steps import ddim_update
+from sdesens.diffusion.scheduler_view import config_of
 from sdesens.diffusion.tables import Discrete, Table
-from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, SdesensError, ShapeError
-from sdesens.noise import Noise, settle
-from sdesens.tensors import concrete, describe
+from sdesens.errors import ArgumentTypeError, DtypeError, SdesensError
 
-THEIRS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 NEEDED = {"num_train_timesteps", "trained_betas", "prediction_type"}
 
 
-class Config(dict):
-    """What a scheduler of diffusers can be made from; its entries are attributes, too."""
-
-    def __getattr__(self, name):
-        if name in self:
-            return self[name]
-        raise AttributeError(name)
-
-    def __setattr__(self, name, value):
-        raise ArgumentError(f"`config` only describes the scheduler: for another {name!r} make a new one.")
-
-
-class Stepped(NamedTuple):
-    """What a step returns, each (B, *event)."""
-
-    prev_sample: Tensor
-    pred_original_sample: Tensor
-
-
 def to_diffusers(schedule: Schedule, n_steps=1000, prediction="eps", scheduler: Callable | None = None, **options):
-    """A scheduler of diffusers with the betas of equation (1).
+    """A scheduler of diffusers with the betas of the schedule.
 
     Defaults that bite are off: x_0 is not clipped to [-1, 1], and sampling in few steps starts at pure noise ("trailing").
 
@@ -105,7 +73,7 @@ def from_diffusers(scheduler) -> Table:
 
     Example
     -------
-    >>> from sdesens.diffusion import VP
+    >>> from sdesens.diffusion import VP, SchedulerView
     >>> bool((from_diffusers(SchedulerView(VP())).log_snr(0.5) - VP().log_snr(0.5)).abs() < 1e-12)
     True
     """
@@ -121,167 +89,6 @@ def from_diffusers(scheduler) -> Table:
         if bool(((exact - held).abs() <= len(held) * 2**-23 * exact).all()):
             return table
     return Table(held)
-
-
-def config_of(schedule: Schedule, n_steps: int, prediction: str) -> Config:
-    """A discrete-time model in the words of diffusers; raise ArgumentError if there are none for it."""
-    discrete = Discrete(schedule, n_steps)
-    if not isinstance(prediction, str) or prediction not in THEIRS:
-        words = ", ".join(f"{ours!r} ({theirs!r} there)" for ours, theirs in THEIRS.items())
-        raise ArgumentError(f"`prediction` must be one of {words}, got {prediction!r}.")
-    with torch.no_grad():
-        variance = schedule.alpha(discrete.times) ** 2 + schedule.sigma(discrete.times) ** 2
-        if bool(((variance - 1).abs() > 1e-9).any()):
-            raise ArgumentError(
-                f"`schedule` must preserve the variance, alpha^2 + sigma^2 = 1, got {schedule!r}: "
-                "LogSNR(lambda t, p: ...) makes one that has the same log-SNR."
-            )
-        if prediction == "eps" and schedule.zero_terminal_snr:
-            raise ArgumentError(
-                f"{schedule!r} has no signal left at its end, where 'eps' says nothing about x0: predict 'v' or 'x0'."
-            )
-        safe = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"}
-        named = {"num_train_timesteps": n_steps, "prediction_type": THEIRS[prediction]}
-        return Config(**named, **safe, trained_betas=discrete.betas.tolist())
-
-
-class SchedulerView:
-    """A schedule as diffusers' training loops and pipelines want it, equations (2) and (3).
-
-    It has `config`, from which classes of theirs can be made (DDIMScheduler.from_config); `timesteps`, (N,), falling indices, all
-    T until they are set; `alphas_cumprod` and `betas`, (T,), float64. It computes in float64 and clips nothing. `set_timesteps`
-    apart, calls leave no trace: steps may come in any order.
-
-    Parameters
-    ----------
-    schedule, n_steps, prediction
-        As of `to_diffusers`.
-    eta : number or 0-dim Tensor in [0, 1]
-        1 is ancestral sampling (DDPM), 0 deterministic (DDIM).
-
-    Example
-    -------
-    >>> from sdesens.diffusion import VP
-    >>> view = SchedulerView(VP(), eta=0.0)
-    >>> view.set_timesteps(4)
-    >>> view.timesteps
-    tensor([999, 749, 499, 249])
-    >>> view.step(torch.ones(2, 3), 249, torch.ones(2, 3)).prev_sample.shape
-    torch.Size([2, 3])
-    """
-
-    order = 1
-    init_noise_sigma = 1.0
-
-    def __init__(self, schedule: Schedule, n_steps=1000, prediction="eps", eta: float | Tensor = 1.0):
-        self.config = config_of(schedule, n_steps, prediction)
-        self.schedule, self.prediction, self.eta = schedule, prediction, check_option("eta", eta)
-        if concrete(self.eta) and not 0 <= self.eta.item() <= 1:
-            raise ArgumentError(f"`eta` must lie in [0, 1], got {self.eta.item():g}: 1 is ancestral sampling.")
-        discrete = Discrete(schedule, n_steps)
-        self.times, self.timesteps = discrete.times, torch.arange(n_steps).flip(0)
-        self.alphas_cumprod, self.betas = discrete.alphas_cumprod.detach(), discrete.betas.detach()
-
-    def __len__(self) -> int:
-        return len(self.times)
-
-    def set_timesteps(self, num_inference_steps: int | None = None, device=None, timesteps=None) -> None:
-        """Where sampling goes: a number of equal steps from T - 1 on ("trailing"), or falling indices."""
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ArgumentError("give `num_inference_steps` or `timesteps`, one of the two.")
-        if timesteps is None:
-            N, T = num_inference_steps, len(self)
-            if isinstance(N, bool) or not isinstance(N, int) or not 1 <= N <= T:
-                raise ArgumentError(f"`num_inference_steps` must be an int from 1 to {T}, got {N!r}.")
-            timesteps = (T - torch.arange(N, dtype=torch.float64) * T / N).round().long() - 1
-        i = self._indices(timesteps)
-        if i.dim() != 1 or not len(i) or not bool((i.diff() < 0).all()):
-            raise ArgumentError(f"`timesteps` must fall, from noise to data, shape (N,), got {i.tolist()!r:.80}.")
-        self.timesteps = i.to(device)
-
-    def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
-        """The sample: where the variance is kept, networks see x."""
-        return sample
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps) -> Tensor:
-        """x_i of equation (2), (B, *event), at indices of shape (B,), or one for all."""
-        return self.schedule.reparameterise(original_samples, self._t(timesteps), noise)
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps) -> Tensor:
-        """v of equation (2), (B, *event), of clean samples and their noise."""
-        _check_same("noise", noise, sample)
-        return combine(sample, noise.to(sample), combination("v", self.schedule, self._t(timesteps)))
-
-    def step(
-        self, model_output: Tensor, timestep, sample: Tensor, generator=None, return_dict=True, *, noise=None, first=0
-    ) -> Stepped:
-        """Equation (3), from a timestep to the next one.
-
-        Parameters
-        ----------
-        model_output, sample : Tensor, shape (B, *event)
-        timestep : int or Tensor
-            One of `timesteps`; another raises ArgumentError.
-        generator : torch.Generator, or list of one a row
-            Draws what diffusers would. Where eta > 0 every step but the last needs it, or `noise`.
-        return_dict : bool
-            Of no effect: the answer is a tuple with names.
-        noise : Noise, or Tensor (B, *event) of standard normals
-            Of a source, the step from timesteps[k] has step k + 1, paths `first` on, as in `ancestral`.
-        """
-        _check_same("model_output", model_output, sample)
-        i = self._indices(timestep)
-        at = torch.isin(self.timesteps.cpu(), i).nonzero()
-        if i.numel() != 1 or len(at) != 1:
-            raise ArgumentError(f"`timestep` must be one of `timesteps`, got {timestep!r:.60}: see set_timesteps.")
-        k, t = int(at), self._t(timestep)
-        ab = combination(self.prediction, self.schedule, t)
-        x0, eps = split(model_output.to(sample), sample, t, self.schedule, ab)
-        if k + 1 == len(self.timesteps):
-            return Stepped(x0, x0)
-        z = self._normals(sample, k + 1, generator, noise, first)
-        return Stepped(ddim_update(self.schedule, x0, eps, t, self._t(self.timesteps[k + 1]), z, self.eta), x0)
-
-    def _indices(self, i) -> Tensor:
-        i = torch.as_tensor(i).cpu()
-        if i.dtype not in (torch.int64, torch.int32) or (i.numel() and not 0 <= i.min() <= i.max() < len(self)):
-            raise ArgumentError(f"`timesteps` must be integers from 0 to {len(self) - 1}, got {i.tolist()!r:.80}.")
-        return i.long()
-
-    def _t(self, i) -> Tensor:
-        t = self.times[self._indices(i)]
-        return t.reshape(()) if t.numel() == 1 else t
-
-    def _normals(self, x: Tensor, step: int, generator, noise: Noise | Tensor | None, first: int) -> Tensor:
-        if generator is not None and noise is not None:
-            raise ArgumentError("give `generator` or `noise`, not both: the noise is either one.")
-        if concrete(self.eta) and self.eta.item() == 0 and not self.eta.requires_grad:
-            return torch.zeros_like(x)
-        if isinstance(noise, Tensor):
-            _check_same("noise", noise, x)
-            return noise.to(x)
-        if noise is not None:
-            source, dim = settle(None, noise), x[0].numel()
-            return source.normals(first, len(x), step, 1, dim, dtype=x.dtype, device=x.device).reshape(x.shape)
-        if generator is None:
-            raise ArgumentError(
-                "a step with eta > 0 draws noise, and never from torch's global state: give `generator`, "
-                "torch.Generator().manual_seed(0), or `noise`, Philox(0)."
-            )
-        return _draw(generator, x)
-
-
-def _draw(generator, x: Tensor) -> Tensor:
-    if isinstance(generator, torch.Generator):
-        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
-    if len(generator) != len(x):
-        raise ArgumentError(f"`generator` must be one, or a list of {len(x)}, one a row, got {len(generator)}.")
-    return torch.cat([_draw(g, row[None]) for g, row in zip(generator, x, strict=True)])
-
-
-def _check_same(name: str, a, x: Tensor) -> None:
-    if not isinstance(a, Tensor) or a.shape != x.shape:
-        raise ShapeError(f"`{name}` must have the shape of the samples, {tuple(x.shape)}, got {describe(a)}.")
 
 
 class IndexedUNet(nn.Module):

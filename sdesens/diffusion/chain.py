@@ -20,6 +20,7 @@ from torch import Tensor
 from sdesens.diffusion.equations import Backwards, check_eta, require_finite
 from sdesens.diffusion.grids import check_grid
 from sdesens.diffusion.predict import Predictor, check_predictor
+from sdesens.diffusion.schedule import Schedule
 from sdesens.diffusion.steps import Span, Step, ddim_step
 from sdesens.diffusion.values import like
 from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
@@ -113,7 +114,7 @@ def sampler_sde(
     start : 0-dim Tensor, optional
         Standard deviation of the starting noise; that of the schedule's prior if left out.
     event : tuple of int
-        Shape of one sample.
+        Shape of one sample: a step is tried on one, with a predictor that sees nothing, to learn whether it remembers.
     **options
         Of the step, "eta" (1) of Euler-Maruyama: numbers or 0-dim tensors. They are parameters of the SDE, beside those
         of the denoiser.
@@ -150,7 +151,7 @@ def sampler_sde(
         plain = Starting(Backwards(denoiser, clock), std)
         return SDE(plain.drift, plain.diffusion, params)
     check_options(step, tensors)
-    remembers = _remembers(step, denoiser, grid, event, options)
+    remembers = _remembers(step, schedule, grid, event, options)
     stated = Starting(Backwards(denoiser, clock), std, remembers)
     chain = Chain(step, denoiser, clock, std, tuple(tensors), remembers)
     return SDE(stated.drift, stated.diffusion, params, step=chain)
@@ -177,16 +178,34 @@ def check_options(step: Step, options: dict[str, Tensor]) -> None:
         ) from error
 
 
+@dataclass(frozen=True, eq=False)
+class _Blank(Predictor):
+    """A predictor that sees nothing, and costs nothing."""
+
+    schedule: Schedule
+
+    @property
+    def params(self):
+        return {}
+
+    def with_params(self, p):
+        return self
+
+    def pair(self, x, t):
+        return torch.zeros_like(x), torch.zeros_like(x)
+
+
 def _remembers(
-    step: Step, denoiser: Predictor, grid: Tensor, event: tuple[int, ...], options: dict[str, Tensor]
+    step: Step, schedule: Schedule, grid: Tensor, event: tuple[int, ...], options: dict[str, Tensor]
 ) -> bool:
-    """Whether a step carries something over to the next, tried on one sample of zeros."""
+    """Whether a step carries something over to the next, tried on one blank sample; no network is called."""
     x = torch.zeros(1, *event, dtype=torch.float64)
     with torch.no_grad():
-        x_u, memory = step(denoiser, x, Span(grid[0], grid[0], grid[1]), x, None, **options)
+        x_u, memory = step(_Blank(schedule), x, Span(grid[0], grid[0], grid[1]), x, None, **options)
     for name, found in (("x_u", x_u), ("memory", memory)):
         if not (found is None and name == "memory") and getattr(found, "shape", None) != x.shape:
             raise ShapeError(
-                f"`step` must return (x_u, memory), each of the shape of x, {tuple(x.shape)}, memory perhaps None, got {name} {found!r:.60}."
+                f"`step` must return (x_u, memory), each of the shape of x, {tuple(x.shape)}, memory perhaps None, got {name} "
+                f"{found!r:.60}."
             )
     return memory is not None

@@ -99,7 +99,7 @@ class Denoiser(Predictor):
     Parameters
     ----------
     net : nn.Module or callable (x, t) -> Tensor
-        x is (B, *event), t is (B,) in x's dtype; returns (B, *event). With `cond` it is called as net(x, t, cond), and a
+        x is (B, *event), t is (B,) in x's dtype, at least float32; returns (B, *event). With `cond` it is called as net(x, t, cond), and a
         function with `parameters` gets them last.
     schedule : Schedule
     prediction : {"eps", "x0", "v", "score", "velocity"}
@@ -215,7 +215,8 @@ class Denoiser(Predictor):
 
     def _call(self, x: Tensor, t: Tensor) -> Tensor:
         like(t, x)  # one time for all rows, or one each
-        args = [x, t.to(x).expand(len(x))]
+        wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 would move t by 2e-3
+        args = [x, t.to(x.device, wide).expand(len(x))]
         if self.cond is not None:
             args.append(self._rows(self.cond, len(x)))
         if isinstance(self.net, nn.Module):

@@ -91,6 +91,8 @@ def ddim(denoiser: Predictor, x: Tensor, grid, *, eta: float | Tensor = 0.0, **h
     >>> bool((ddim(denoiser, x, uniform_grid(VP(), 500, t_min=0.0)) - x).abs().max() < 0.01)
     True
     """
+    if not isinstance(eta, Tensor) and eta == 0:
+        how = quiet(x, grid, how)
     return walk(denoiser, x, grid, ddim_step, options={"eta": eta}, **how)
 
 
@@ -124,14 +126,16 @@ def heun(denoiser: Predictor, x: Tensor, grid, *, churn: float = 0.0, noise_scal
     if not (isinstance(churn, int | float) and churn >= 0):
         raise ArgumentError(f"`churn` must be a number >= 0, got {churn!r}: 0 adds no noise.")
     options = {}
-    if churn:
+    if not churn:
+        how = quiet(x, grid, how)
+    else:
         options = {"gamma": min(churn / (len(grid) - 1), 2**0.5 - 1), "noise_scale": noise_scale}
     return walk(denoiser, x, grid, heun_step, options=options, **how)
 
 
 def dpmpp_2m(denoiser: Predictor, x: Tensor, grid, **how) -> Tensor:
     """DPM-Solver++(2M) of C. Lu et al. (2211.01095): equation (4) of `steps.py`. Order 2, one evaluation a step; best on a log-SNR grid."""
-    return walk(denoiser, x, grid, dpmpp_2m_step, **how)
+    return walk(denoiser, x, grid, dpmpp_2m_step, **quiet(x, grid, how))
 
 
 def walk(
@@ -197,6 +201,13 @@ def walk(
     if callback is not None:
         callback(n, x)
     return x
+
+
+def quiet(x: Tensor, grid, how: dict) -> dict:
+    """Arguments of `walk` for a sampler that uses no noise: none is made."""
+    if isinstance(x, Tensor):
+        how = {**how, "seed": None, "noise": torch.zeros((), dtype=torch.float64).expand(len(grid) - 1, *x.shape)}
+    return how
 
 
 def _normals(noise, seed: int | None, first: int, n: int, x: Tensor) -> Callable[[int], Tensor]:
