@@ -48,7 +48,7 @@ from sdesens.diffusion import (
     log_prob,
     log_snr_grid,
     matching_loss,
-    memory,
+    remembered,
     sampler_problem,
     sampler_sde,
     uniform_grid,
@@ -321,9 +321,9 @@ def matching() -> Iterator[Row]:
         yield below(f"eta {eta}: loss at the optimum, every path", float(loss.max()), 1e-20)
         ends = []
         for denoiser in (base, best):
-            sde = sampler_sde(denoiser, grid, start=torch.zeros((), dtype=F64), eta=eta)
+            sde = sampler_sde(denoiser, grid, start=0.0, eta=eta)
             ends.append(float(affine_moments(sde, first * ONE, std**2 * torch.ones(1, 1, dtype=F64), 2001)[0]))
-        share = 1 - memory(VP(), eta, data_std=0.5, t=float(grid[0]))
+        share = 1 - remembered(VP(), eta, data_std=0.5, t=float(grid[0]))
         moved = (ends[1] - ends[0]) / (0.25 * a)
         yield within(f"eta {eta}: shift over the full one, {share:.4f} predicted", moved, share - 0.01, share + 0.01)
 

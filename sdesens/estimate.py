@@ -100,7 +100,7 @@ class Estimate:
 
 def _with_error(mean: float, half: float) -> str:
     """`mean +/- half`, the half-width to two digits and the mean to the same decimal place."""
-    if not (math.isfinite(half) and half > 0):
+    if not (math.isfinite(half) and half > 1e-13 * abs(mean)):  # no spread but rounding
         return f"{mean:.10g} +/- {half:.2g}"
     decimals = 1 - math.floor(math.log10(half))
     if -4 < decimals < 12:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sdesens.errors import ArgumentTypeError
+
 _MODULES = threading.RLock()
 
 
@@ -26,11 +28,28 @@ class Lent:
     names : tuple of str
         Which parameters are lent; the rest stay the module's own.
     method : str
+
+    Raises
+    ------
+    ArgumentTypeError
+        If there are names, and no module to lend them to.
+
+    Example
+    -------
+    >>> line = Lent(nn.Linear(1, 1), ("weight", "bias"))
+    >>> line({"weight": torch.tensor([[2.0]]), "bias": torch.tensor([1.0])}, torch.tensor([3.0]))
+    tensor([7.])
     """
 
     module: object
     names: tuple[str, ...]
     method: str = "__call__"
+
+    def __post_init__(self):
+        if self.names and not isinstance(self.module, nn.Module):
+            raise ArgumentTypeError(
+                f"`module` must be an nn.Module where parameters are lent, got {type(self.module).__name__}: make it one, or lend none."
+            )
 
     def __call__(self, params: Mapping[str, Tensor], *args):
         if torch.compiler.is_compiling():

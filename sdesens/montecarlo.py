@@ -149,7 +149,7 @@ def sensitivity(
         "malliavin", "likelihood_ratio". Or "auto": the unbiased method that applies and has the least variance times seconds
         in a trial on other noise; `tried` of the result says what was found of each.
     wrt : names, optional
-        Parameters of the SDE, "y0", "t1". All parameters of the SDE if left out. "t1" moves the horizon and every output
+        Parameters of the SDE, "y0", "t1"; "net.*" are all whose names begin so. All parameters of the SDE if left out. "t1" moves the horizon and every output
         time in proportion; a functional that mentions the horizon itself must carry it as a state.
     seed : int
         Seed of the Philox noise, 0 if left out.

@@ -6,8 +6,10 @@ theta is a choice of parameters of the SDE, the initial state ("y0") and the hor
 question and checks its form; it computes nothing.
 """
 
+import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -29,7 +31,7 @@ from sdesens.tensors import concrete
 Theta = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Problem:
     """An expectation of a functional of the solution of an SDE, equation (1).
 
@@ -90,6 +92,9 @@ class Problem:
 
     outputs: ClassVar[tuple[int, ...]] = ()  # grid index of each time in ts; set on each instance
 
+    def __repr__(self) -> str:
+        return f"Problem({self.sde!r}, {self.n_steps} steps from {self.t0:g} to {self.t1:g})"
+
     @property
     def times(self) -> Tensor:
         """`ts` as a float64 tensor."""
@@ -114,15 +119,15 @@ class Problem:
         return replace(self, n_steps=n_steps)
 
     def leaves(self, wrt: Sequence[str] | str | None = None) -> dict[str, Tensor]:
-        """The tensors to differentiate in: parameters by name, "y0", "t1"; all parameters if `wrt` is None."""
+        """The tensors to differentiate in: parameters by name or pattern ("net.*"), "y0", "t1"; all parameters if `wrt` is None."""
         names = tuple(self.sde.params) if wrt is None else (wrt,) if isinstance(wrt, str) else wrt
         if not isinstance(names, tuple | list):
             raise ArgumentTypeError(f"`wrt` must be a name or a tuple of names, got {wrt!r}.")
         known = (*self.sde.params, *RESERVED)
         theta = {}
-        for name in names:
+        for name in chain.from_iterable(fnmatch.filter(self.sde.params, n) if _pattern(n) else [n] for n in names):
             if name not in known:
-                raise UnknownParameterError(f"`wrt` names {name!r}, which is none of {', '.join(map(repr, known))}.")
+                raise UnknownParameterError(f"`wrt` names {name!r}, which is none of {_some(known)}.")
             if name == "y0" and not isinstance(self.y0, Tensor):
                 raise UnknownParameterError(
                     "`wrt` names 'y0', but `y0` is computed from the parameters: differentiate in those, or give a tensor."
@@ -219,3 +224,12 @@ def grid_positions(ts: Tensor, n_steps: int) -> tuple[int, ...]:
             "the grid, nothing is interpolated. Choose `n_steps` (or `dt`) so that each time is a whole number of steps."
         )
     return tuple(int(i) for i in index)
+
+
+def _pattern(name) -> bool:
+    return isinstance(name, str) and "*" in name
+
+
+def _some(names: Sequence[str]) -> str:
+    """A dozen names, for an error message."""
+    return ", ".join(map(repr, names[:12])) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -48,7 +48,7 @@ RESERVED = ("y0", "t1")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SDE:
     """An SDE, equation (1) or (2), with named parameters.
 
@@ -112,6 +112,11 @@ class SDE:
         for name, value in self.params.items():
             check_parameter(name, value)
         object.__setattr__(self, "params", MappingProxyType(dict(self.params)))
+
+    def __repr__(self) -> str:
+        names = [f"{k} {tuple(v.shape)}" if v.dim() else k for k, v in self.params.items()]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return f"SDE({self.noise_type} noise, {self.sde_type}, parameters: {shown or 'none'})"
 
     def __reduce__(self):  # a mapping proxy does not pickle
         coefficients = (self.drift, self.diffusion, dict(self.params))

@@ -61,8 +61,8 @@ def split(flat: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def concrete(x: Tensor) -> bool:
-    """Whether the values of x can be looked at: not under vmap, jvp or grad of torch.func, nor while compiling."""
-    return not torch.compiler.is_compiling() and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    """Whether the values of x can be looked at: not under vmap, jvp or grad of torch.func, nor while compiling; "meta" has none."""
+    return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x) or x.is_meta)
 
 
 def transforming() -> bool:

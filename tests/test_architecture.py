@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "sdesens"
 # room: the rooms it may import from, besides itself
 MAY_IMPORT = {
     "errors": set(),
+    "modules": {"errors"},
     "tensors": {"errors"},
     "noise": {"errors", "tensors"},
     "sde": {"errors", "tensors", "modules"},
@@ -20,7 +21,7 @@ MAY_IMPORT = {
     "estimate": {"errors", "tensors"},
     "models": {"errors", "tensors", "sde", "rewrite", "problem", "functionals"},
 }
-for alone in ("memory", "modules", "tables", "jumps", "zoom", "tails"):  # these know nothing of SDEs
+for alone in ("memory", "tables", "jumps", "zoom", "tails"):  # these know nothing of SDEs
     MAY_IMPORT[alone] = set()
 MAY_IMPORT["closer"] = {"problem", "zoom"}
 MAY_IMPORT["audit"] = MAY_IMPORT["sensitivity"] | {"sensitivity", "zoom", "closer"}

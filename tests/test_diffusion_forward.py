@@ -631,7 +631,7 @@ BAD = {
     "eta 0.5 without score": (call(VP().as_sde, eta=scalar(0.5)), ArgumentError, "only eta = 1 is known"),
     "negative eta": (call(VP().as_sde, MADE, -0.1), ArgumentError, "0 is the ODE, 1 the reverse SDE"),
     "negative eta backwards": (call(VP().as_sde, MADE, -0.1, True), ArgumentError, "0 is the ODE"),
-    "NaN eta": (call(VP().as_sde, MADE, math.nan), ArgumentError, ">= 0"),
+    "NaN eta": (call(VP().as_sde, MADE, math.nan), ArgumentError, "finite"),
     "two etas": (call(VP().as_sde, MADE, scalar([0.1, 0.2])), ArgumentError, "one number"),
     "eta True": (call(VP().as_sde, MADE, True), ArgumentTypeError, "0-dim tensor"),
     "eta as text": (call(VP().as_sde, MADE, "1"), ArgumentTypeError, "0-dim tensor"),

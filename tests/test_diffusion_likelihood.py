@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from scipy.integrate import solve_ivp
 from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
-from sdesens.diffusion import EDM, VE, VP, Clipped, CondOT, Cosine, Denoiser, Guided, SubVP
+from sdesens.diffusion import EDM, VE, VP, Clipped, CondOT, Cosine, Denoiser, Discrete, Guided, SubVP, Table
 from sdesens.diffusion.dequantise import bits_per_dim, dequantise
 from sdesens.diffusion.likelihood import LogProb, log_prob
 from sdesens.diffusion.oracles import Gaussian, GaussianMixture
+from sdesens.diffusion.predict import Predictor
 from sdesens.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -181,6 +183,52 @@ def test_gradient_in_x_is_the_score():
     assert (plain - RING.score(x.detach(), vp, 1e-3)).abs().max() > 1e-3 * exact.abs().max()  # negative control
 
 
+def test_a_part_that_autograd_does_not_see():
+    """A predictor of one's own, or a network, half of whose result is cut off from x: the rest would pass for its derivative."""
+
+    class Own(Predictor):
+        schedule = VP()
+        params = MappingProxyType({})
+
+        def with_params(self, p):
+            return self
+
+        def pair(self, x, t):
+            eps = 0.5 * torch.tanh(x.detach()) + 0.1 * x
+            return (x - VP().sigma(t) * eps) / VP().alpha(t), eps
+
+    x = 0.3 * draws(4)
+    for predictor in (Own(), Denoiser(lambda x, t: torch.tanh(2 * x.detach()) + 0 * x, VP(), "eps")):
+        with pytest.raises(DetachedError):
+            log_prob(predictor, x)
+
+
+@pytest.mark.parametrize("T", [8, 100, 1000])
+def test_tables_whose_rates_jump(T):
+    """Data N(0, 0.3 I): the density of the model is in closed form, its prior N(0, I) moved back by the exact flow."""
+    table = Table(Discrete(VP(), T).alphas_cumprod)
+    leaf = table.alphas_cumprod.clone().requires_grad_()
+    law, x = (
+        Gaussian(torch.zeros(2, dtype=D), torch.full((2,), 0.3, dtype=D)),
+        torch.tensor([[2.0, 2.0], [0.3, -0.1]], dtype=D),
+    )
+
+    def exact(abar):
+        schedule = Table(abar)
+        t0, v = 1e-5, lambda t: 0.3 * schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2
+        scale = torch.sqrt(v(1.0) / v(t0))
+        return -((x * scale) ** 2).sum(1) / 2 - math.log(2 * math.pi) + 2 * torch.log(scale)
+
+    found = log_prob(law.denoiser(Table(leaf)), x, rtol=1e-7, atol=1e-7)
+    # a solver's tolerance of 1e-7 a step, over a hundred steps or so
+    assert (found.log_prob - exact(leaf)).abs().max() < 2e-5
+    assert found.evaluations < 1000
+    if T == 8:
+        (got,) = torch.autograd.grad(found.log_prob.sum(), leaf)
+        (wanted,) = torch.autograd.grad(exact(leaf).sum(), leaf)
+        assert (got - wanted).norm() < 1e-3 * wanted.norm()  # seen 1e-5 at 1e-9
+
+
 def test_gradient_in_x_is_the_score_where_the_schedule_ends_in_noise():
     """Nothing replaced: log-SNR -20 at the end leaves a prior gap of 1e-9 nats, and 2e-7 of the score by the solver."""
     x = draws(64).requires_grad_()
@@ -244,6 +292,7 @@ def test_parameters_of_a_function():
         up = value()
         w["w"] -= 2 * h
         down = value()
+    # as above
     assert float((up - down) / (2 * h)) == pytest.approx(float(g), rel=1e-5)
 
 
@@ -341,7 +390,7 @@ def test_probes_are_unbiased_and_know_their_error():
     assert abs(gap.mean()) < 4 * gap.std() / len(x) ** 0.5
     # negative control: a standard error that forgot one probe of the eight would pass, one that is half does not
     gap = error.square() - many.standard_error.square() / 4
-    assert abs(gap.mean()) > 8 * gap.std() / len(x) ** 0.5
+    assert abs(gap.mean()) > 4 * gap.std() / len(x) ** 0.5
 
 
 def test_signs_are_exact_where_the_divergence_is_diagonal():
@@ -361,8 +410,8 @@ def test_probes_belong_to_rows_and_leave_the_global_generator_alone():
     before = torch.get_rng_state()
     whole = log_prob(den, x, probes=2)
     assert torch.equal(before, torch.get_rng_state())
-    part = log_prob(den, x[5:], probes=2, first=5)
-    # the steps of two batches differ: see below
+    part = log_prob(den, x[5:], probes=2, first_item=5)
+    # the steps of two batches differ, by up to a hundred tolerances each: see below
     torch.testing.assert_close(part.log_prob, whole.log_prob[5:], rtol=0, atol=2e-3)
     torch.testing.assert_close(part.standard_error, whole.standard_error[5:], rtol=0, atol=2e-3)
     assert (log_prob(den, x[5:], probes=2).log_prob - whole.log_prob[5:]).abs().max() > 0.1  # negative control
@@ -380,11 +429,12 @@ def test_what_a_batch_does_to_its_rows():
     whole = log_prob(den, x)
     errors = solver_error(RING, vp, x, whole, t_min)
     single = [log_prob(den, x[i : i + 1]) for i in range(5)]
+    # a hundred tolerances: what a step of 1e-5 may be off by, times the derivative of the log-determinant; seen 1e-4
     for i, alone in enumerate(single):
         assert alone.log_prob.shape == (1,)
         assert abs(float(solver_error(RING, vp, x[i : i + 1], alone, t_min))) < 1e-3
         assert abs(float(alone.log_prob - whole.log_prob[i])) < 1e-3
-    # company, be it one far away, makes nobody worse: a mean over the batch would leave a row 40 times this
+    # company, be it one far away, makes nobody worse, seen 1e-4: a mean over the batch would leave a row 40 times this
     assert errors.abs().max() < 1e-3
     far = torch.cat((x[:50], torch.tensor([[40.0, -40.0]], dtype=D)))
     assert solver_error(RING, vp, far, log_prob(den, far), t_min)[:50].abs().max() < 1e-3
@@ -412,6 +462,7 @@ def test_float32_network():
     leaf = x.float().requires_grad_()
     g = torch.autograd.grad(log_prob(den, leaf).log_prob.sum(), leaf)[0]
     assert g.dtype == torch.float32
+    # rounding of x, 1e-7, times the slope of the score, up to (1/0.15)^4, and of its sums: seen 5e-3 of up to 20
     assert (g - RING.score(x, VP(), 1e-5)).abs().max() < 1e-2
 
 
@@ -419,19 +470,22 @@ def test_float32_network():
 
 
 def test_bits_per_dim():
-    assert bits_per_dim(-3072 * math.log(2) * 2.5, 3072) == pytest.approx(2.5, rel=1e-15)
-    assert bits_per_dim(torch.tensor([-math.log(4), 0.0]), 2).tolist() == pytest.approx([1.0, 0.0])
+    assert bits_per_dim(-3072 * math.log(2) * 2.5, 3072) == pytest.approx(2.5, rel=1e-15)  # four roundings of 2^-53
+    found = bits_per_dim(torch.tensor([-math.log(4), 0.0], dtype=D), 2).tolist()
+    assert found == pytest.approx([1.0, 0.0], rel=1e-15, abs=0)
 
 
 def test_dequantised_data_are_uniform_in_their_cells():
     k = torch.arange(16).repeat(500).reshape(1000, 8)
     y, log_volume = dequantise(k, 16, -1.0, 3.0, seed=2, dtype=D)
     U = ((y + 1) / 4 * 16 - k).flatten()
-    assert log_volume == pytest.approx(8 * math.log(0.25))
+    assert log_volume == pytest.approx(8 * math.log(0.25), rel=1e-15)  # one formula
     assert stats.kstest(U.numpy(), "uniform").pvalue > 6e-5  # false alarm
     # a row's place is its own, whatever the batch, and the generator of torch is not touched
     before = torch.get_rng_state()
-    torch.testing.assert_close(dequantise(k[10:], 16, -1.0, 3.0, seed=2, first=10, dtype=D)[0], y[10:], rtol=0, atol=0)
+    torch.testing.assert_close(
+        dequantise(k[10:], 16, -1.0, 3.0, seed=2, first_item=10, dtype=D)[0], y[10:], rtol=0, atol=0
+    )
     assert torch.equal(before, torch.get_rng_state())
     assert not torch.equal(dequantise(k, 16, -1.0, 3.0, seed=3, dtype=D)[0], y)
     for kind in (torch.uint8, torch.int64, torch.float16):
@@ -472,30 +526,38 @@ GOOD = Denoiser(Net(), VP(), "eps")
 X = torch.zeros(3, 2, dtype=D)
 BAD_INPUT = {
     "no predictor": (lambda: log_prob(Net(), X), ArgumentTypeError, "Denoiser(net, schedule, prediction)"),
-    "no tensor": (lambda: log_prob(GOOD, [[0.0, 0.0]]), DtypeError, "`x` must be a real tensor, got list"),
+    "no tensor": (
+        lambda: log_prob(GOOD, [[0.0, 0.0]]),
+        ArgumentTypeError,
+        "`x` must be a tensor (B, *event), got list",
+    ),
     "integers": (lambda: log_prob(GOOD, X.long()), DtypeError, "dequantise"),
-    "complex": (lambda: log_prob(GOOD, X.to(torch.complex128)), DtypeError, "real tensor"),
+    "complex": (lambda: log_prob(GOOD, X.to(torch.complex128)), DtypeError, "`x` must be floating"),
+    "complex levels": (lambda: dequantise(X.to(torch.complex128), 2, 0.0, 1.0), DtypeError, "`x` must be real"),
     "no event": (lambda: log_prob(GOOD, X[:, 0]), ShapeError, "(B, *event)"),
     "no rows": (lambda: log_prob(GOOD, X[:0]), ShapeError, "not empty, got (0, 2)"),
     "NaN": (lambda: log_prob(GOOD, X.index_fill(0, torch.tensor(1), math.nan)), NonFiniteError, "in 1 of 3 rows"),
     "infinite": (lambda: log_prob(GOOD, X + math.inf), NonFiniteError, "`x` holds infinite"),
-    "t_min = 0": (lambda: log_prob(GOOD, X, t_min=0.0), GridError, "strictly between 0 and t_max = 1, got 0.0"),
+    "t_min = 0": (lambda: log_prob(GOOD, X, t_min=0.0), GridError, "`t_min` must lie in (0, 1), got 0.0"),
     "t_min = t_max": (lambda: log_prob(GOOD, X, t_min=1.0), GridError, "`t_min` must lie"),
-    "t_min NaN": (lambda: log_prob(GOOD, X, t_min=math.nan), GridError, "got nan"),
-    "t_min a string": (lambda: log_prob(GOOD, X, t_min="0"), GridError, "got '0'"),
-    "rtol 0": (lambda: log_prob(GOOD, X, rtol=0), ArgumentError, "`rtol` must be a positive number, got 0"),
+    "t_min NaN": (lambda: log_prob(GOOD, X, t_min=math.nan), ArgumentError, "`t_min`"),
+    "t_min a string": (lambda: log_prob(GOOD, X, t_min="0"), ArgumentTypeError, "got '0'"),
+    "rtol 0": (lambda: log_prob(GOOD, X, rtol=0), ArgumentError, "`rtol` must lie in (0, inf), got 0"),
     "atol negative": (lambda: log_prob(GOOD, X, atol=-1e-5), ArgumentError, "`atol`"),
+    "rtol text": (lambda: log_prob(GOOD, X, rtol="1e-5"), ArgumentTypeError, "`rtol` must be a number"),
     "fixed steps": (lambda: log_prob(GOOD, X, method="rk4"), ArgumentError, "which choose their steps, got 'rk4'"),
-    "no probes": (lambda: log_prob(GOOD, X, probes=0), ArgumentError, "`probes` must be an int of at least 1, got 0"),
-    "half a probe": (lambda: log_prob(GOOD, X, probes=1.5), ArgumentError, "exact divergence"),
-    "first": (lambda: log_prob(GOOD, X, probes=1, first=-1), ArgumentError, "`first`"),
+    "no probes": (lambda: log_prob(GOOD, X, probes=0), ArgumentError, "`probes` must be at least 1, got 0"),
+    "half a probe": (lambda: log_prob(GOOD, X, probes=1.5), ArgumentTypeError, "exact divergence"),
+    "first": (lambda: log_prob(GOOD, X, probes=1, first_item=-1), ArgumentError, "`first_item`"),
     "seed": (lambda: log_prob(GOOD, X, probes=1, seed=0.5), ArgumentTypeError, "`seed`"),
     "no evaluations": (lambda: log_prob(GOOD, X, max_evaluations=0), ArgumentError, "`max_evaluations`"),
     "few evaluations": (lambda: log_prob(GOOD, X, max_evaluations=20), ArgumentError, "are used up at t = "),
     "underflow": (lambda: log_prob(GOOD, X + 1, rtol=1e-40, atol=1e-40), ArgumentError, "steps fell to rounding: use"),
     "velocity": (lambda: log_prob(Denoiser(broken, VP(), "eps"), X), NonFiniteError, "raise `t_min`"),
-    "bits": (lambda: bits_per_dim(1.0, 0), ArgumentError, "`d` must be an int of at least 1, got 0"),
-    "one level": (lambda: dequantise(X, 1, 0.0, 1.0), ArgumentError, "`levels` must be an int of at least 2"),
+    "bits": (lambda: bits_per_dim(1.0, 0), ArgumentError, "`d` must be at least 1, got 0"),
+    "one level": (lambda: dequantise(X, 1, 0.0, 1.0), ArgumentError, "`levels` must be at least 2"),
+    "half a level": (lambda: dequantise(X, 2.5, 0.0, 1.0), ArgumentTypeError, "`levels` must be an int"),
+    "text for an edge": (lambda: dequantise(X, 2, "0", 1.0), ArgumentTypeError, "`low` must be a number"),
     "no width": (lambda: dequantise(X, 2, 1.0, 1.0), ArgumentError, "`low` must be below `high`"),
     "between levels": (lambda: dequantise(X + 0.5, 2, 0.0, 1.0), ArgumentError, "before they were scaled"),
     "a level too many": (

@@ -21,29 +21,10 @@ from torch import nn
 from sdesens import Philox
 from sdesens.diffusion import EDM, VE, VP, CondOT, Cosine, Denoiser, Guided, LogSNR, Predictor, SubVP, Table
 from sdesens.diffusion.conversions import PREDICTIONS, combination, combine
-from sdesens.diffusion.draws import (
-    DROP,
-    NOISE,
-    TIMES,
-    TURN,
-    draw_noise,
-    draw_uniforms,
-    keep_label,
-    lognormal_times,
-    uniform_times,
-)
-from sdesens.diffusion.losses import (
-    Loss,
-    dsm_loss,
-    edm_weight,
-    likelihood_weight,
-    min_snr_weight,
-    prior_term,
-    simple_weight,
-    step_cost,
-    vlb,
-    weight_on,
-)
+from sdesens.diffusion.draws import draw_noise, draw_uniforms, keep_label, lognormal_times, uniform_times
+from sdesens.diffusion.losses import Loss, dsm_loss, prior_term, step_cost, vlb
+from sdesens.diffusion.streams import DROP, NOISE, TIMES, TURN
+from sdesens.diffusion.weights import edm_weight, likelihood_weight, min_snr_weight, simple_weight, weight_on
 from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, GridError, ShapeError
 
 D = torch.float64
@@ -78,11 +59,10 @@ each_weight = pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
 def test_noise_is_where_the_core_says_it_is():
     """Item i of step k is path 2^32 k + i of its stream, up to the last one there is."""
     for step, first in ((0, 0), (5, 3), (2**31 - 1, 2**32 - 2)):
-        z = draw_noise(11, step, (2, 4, 3), first=first, dtype=D)
+        z = draw_noise(11, step, (2, 4, 3), first_item=first, dtype=D)
         cpu = torch.device("cpu")
         core = Philox(11, NOISE).normals(step * 2**32 + first, 2, 0, 1, 12, dtype=D, device=cpu)
         assert torch.equal(z.flatten(1), core[0])
-    assert len({TIMES, TURN, NOISE, DROP} - {0, 1, 2**31, 2**31 + 1, 2**32 - 1}) == 4  # streams that others use
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -97,9 +77,9 @@ def test_no_number_depends_on_how_the_batch_is_split(ranks):
     }
     n = B // ranks
     parts = {
-        "noise": torch.cat([draw_noise(3, step, (n, 2, 5), first=i) for i in starts]),
-        "u": torch.cat([draw_uniforms(3, step, n, first=i, total=B) for i in starts]),
-        "keep": torch.cat([keep_label(3, step, n, 0.5, first=i) for i in starts]),
+        "noise": torch.cat([draw_noise(3, step, (n, 2, 5), first_item=i) for i in starts]),
+        "u": torch.cat([draw_uniforms(3, step, n, first_item=i, total=B) for i in starts]),
+        "keep": torch.cat([keep_label(3, step, n, 0.5, first_item=i) for i in starts]),
     }
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
@@ -152,7 +132,7 @@ def test_each_stratum_holds_one_time(total):
 def test_every_item_sees_all_times():
     """One item of a batch of 4 over 2 000 steps: uniform in (0, 1), not bound to a quarter of it by its place."""
     for item in (0, 3):
-        u = torch.cat([draw_uniforms(2, step, 1, first=item, total=4) for step in range(2000)])
+        u = torch.cat([draw_uniforms(2, step, 1, first_item=item, total=4) for step in range(2000)])
         assert stats.kstest(u.numpy(), "uniform").pvalue > RARE
         assert stats.kstest((u[1:] - u[:-1]).remainder(1.0).numpy(), "uniform").pvalue > RARE  # steps are independent
 
@@ -216,17 +196,20 @@ def test_bad_draws_say_what_is_wrong():
     with pytest.raises(ArgumentTypeError, match=r"`step` must be an int, got 1\.0"):
         draw_noise(1, 1.0, (2, 2))
     with pytest.raises(ArgumentError, match="`n`"):
-        draw_noise(1, 0, (2, 2), first=2**32 - 1)
-    with pytest.raises(ArgumentError, match="`first`"):
-        keep_label(1, 0, 2, 0.1, first=2**32)
+        draw_noise(1, 0, (2, 2), first_item=2**32 - 1)
+    with pytest.raises(ArgumentError, match="`first_item`"):
+        keep_label(1, 0, 2, 0.1, first_item=2**32)
     with pytest.raises(ShapeError, match="number of items"):
         draw_noise(1, 0, ())
     with pytest.raises(DtypeError, match="floating"):
         draw_noise(1, 0, (2,), dtype=torch.int64)
     with pytest.raises(ArgumentError, match="`total` is missing"):
-        draw_uniforms(1, 0, 2, first=2)
+        draw_uniforms(1, 0, 2, first_item=2)
     with pytest.raises(ArgumentError, match=r"items 2 \.\.\. 5 do not fit"):
-        draw_uniforms(1, 0, 4, first=2, total=4)
+        draw_uniforms(1, 0, 4, first_item=2, total=4)
+    for shape in (4, "4", (2.0, 3), (2, "3")):
+        with pytest.raises(ArgumentTypeError, match="`shape`"):
+            draw_noise(1, 0, shape)
     for rate, error in ((1.5, ArgumentError), (math.nan, ArgumentError), ("0.1", ArgumentTypeError)):
         with pytest.raises(error, match="`rate`"):
             keep_label(1, 0, 2, rate)
@@ -240,6 +223,11 @@ def test_bad_draws_say_what_is_wrong():
         lognormal_times(VP(), torch.tensor([0.5]), std=0.0)
     with pytest.raises(ArgumentError, match="`sigma_data`"):
         lognormal_times(VP(), torch.tensor([0.5]), sigma_data=-1.0)
+    for name in ("t_min", "mean", "std", "sigma_data"):  # text that float() would read
+        with pytest.raises(ArgumentTypeError, match=f"`{name}` must be a number"):
+            lognormal_times(VP(), torch.tensor([0.5]), **{name: "0.1"})
+    with pytest.raises(ArgumentTypeError, match=r"`schedule` must be a Schedule such as VP\(\)"):
+        uniform_times(VP, torch.tensor([0.5]))
 
 
 # The loss of the exact denoiser of N(m, s^2)
@@ -544,7 +532,17 @@ def test_prior_term(schedule):
     # theirs is a difference of numbers of order one: rounding 1e-15 in absolute terms
     torch.testing.assert_close(prior_term(schedule, x0), wanted, rtol=1e-12, atol=1e-14)
     ones = torch.ones(1, 7, dtype=D)
-    torch.testing.assert_close(prior_term(schedule, ones)[0] / 7, schedule.prior_gap(), rtol=1e-9, atol=1e-15)
+    # one formula; sums of seven
+    torch.testing.assert_close(prior_term(schedule, ones)[0] / 7, schedule.prior_gap(), rtol=1e-14, atol=0)
+
+
+def test_the_prior_term_of_almost_nothing():
+    """Of the origin, v = 1 - alpha^2: (v - 1 - log v)/2 = alpha^4/4 (1 + 2 alpha^2/3 + ...), 1e-18 nats at log-SNR -20."""
+    schedule = Cosine()
+    small = float(schedule.alpha(schedule.t_max)) ** 4 / 4
+    # alpha^2 = 2e-9 is a difference of sigma and 1 here, rounded by 2^-53
+    for found in (schedule.prior_gap(mean=0.0, cov=0.0), prior_term(schedule, torch.zeros(1, 1, dtype=D))[0]):
+        assert float(found) == pytest.approx(small, rel=2 * 2**-53 / 2e-9)
 
 
 @each_schedule
@@ -808,9 +806,11 @@ def test_a_predictor_of_the_wrong_shape_is_refused():
 
 
 def test_bad_weights_say_what_is_wrong():
-    for gamma in (0.0, -1.0, math.nan, math.inf, "5"):
+    for gamma in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ArgumentError, match="`gamma`"):
             min_snr_weight(gamma)
+    with pytest.raises(ArgumentTypeError, match="`gamma`"):
+        min_snr_weight("5")
     with pytest.raises(ArgumentError, match="`sigma_data`"):
         edm_weight(0.0)
     with pytest.raises(ArgumentError, match="here it is called 'eps'"):

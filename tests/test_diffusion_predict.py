@@ -24,6 +24,7 @@ from sdesens.diffusion import (
     guide,
 )
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
+from sdesens.modules import Lent
 
 D = torch.float64
 KINDS = ("eps", "x0", "v", "score", "velocity")
@@ -393,6 +394,44 @@ def test_guidance_with_two_networks_keeps_them_apart():
     assert moved.conditional.schedule.beta_max.item() == moved.unconditional.schedule.beta_max.item() == 10.0
 
 
+def test_guidance_has_one_schedule():
+    """Branches on equal schedules share the tensors of the first: a gradient by the schedule sees both branches."""
+    x, beta = normals(4, 2), scalar(20.0).requires_grad_()
+    nets = [Denoiser(Small(k), schedule, "v") for k, schedule in ((1.0, VP(beta_max=beta)), (0.3, VP()))]
+    guided, h = Guided(*nets, 2.0), 1e-3
+    assert guided.unconditional.schedule.beta_max is beta
+    (found,) = torch.autograd.grad(loss(guided, x, 0.5), beta)
+    up, down = (loss(guided.with_params({"beta_max": scalar(20.0 + s)}), x, 0.5).detach() for s in (h, -h))
+    torch.testing.assert_close(found, (up - down) / (2 * h), rtol=1e-7, atol=1e-8)  # h^2 of a smooth function
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_rebinding_guidance_asks_for_all_names_at_once(shared):
+    """A branch builds its dict of n parameters when asked: asked for each of them, a call would take n^2."""
+
+    class Net(Denoiser):
+        asked = 0
+
+        @property
+        def params(self):
+            Net.asked += 1
+            return super().params
+
+    def times_asked(n):
+        given = [{f"p{i}": scalar(float(i)) for i in range(n)} for _ in range(2)]
+        branches = [Net(lambda x, t, p: x, VP(), "eps", parameters=given[0 if shared else k]) for k in range(2)]
+        guided = Guided(*branches, 2.0)
+        p, Net.asked = fresh(guided.params), 0
+        moved, asked = guided.with_params(p), Net.asked
+        assert moved.conditional.params["net.p1"] is p["net.p1"]
+        assert moved.unconditional.params["net.p1"] is p["net.p1" if shared else "unconditional.net.p1"]
+        assert guided.with_params(guided.params) is guided
+        assert guided.with_params({"other": scalar(1.0)}) is guided
+        return asked
+
+    assert times_asked(3) == times_asked(300) == 2  # once a branch
+
+
 # Clipping
 
 
@@ -417,6 +456,9 @@ def test_clipping_recomputes_the_noise():
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)  # eps from x - alpha x0: / sigma >= 0.3
     assert set(clipped.params) == set(inner.params)
     assert clipped.with_params({"beta_max": scalar(3.0)}).schedule.beta_max.item() == 3.0
+    assert clipped.with_params(clipped.params) is clipped
+    below = Clipped(inner, -math.inf, scalar(0.6))  # one bound, and a tensor that is a number
+    assert torch.equal(below.x0(x, t), plain.clamp(max=0.6))
 
 
 # Bad input
@@ -458,7 +500,7 @@ BAD = {
     "sigma_data -1": (call(Denoiser, identity, VP(), sigma_data=scalar(-1.0)), ArgumentError, "standard deviation"),
     "sigma_data NaN": (call(Denoiser, identity, VP(), sigma_data=math.nan), ArgumentError, "standard deviation"),
     "sigma_data text": (call(Denoiser, identity, VP(), sigma_data="1"), ArgumentTypeError, "number"),
-    "sigma_data vector": (call(Denoiser, identity, VP(), sigma_data=scalar([1.0, 2.0])), ArgumentTypeError, "0-dim"),
+    "sigma_data vector": (call(Denoiser, identity, VP(), sigma_data=scalar([1.0, 2.0])), ArgumentTypeError, "must be a number"),
     "eps without signal": (call(Denoiser, identity, CondOT(), "eps"), ArgumentError, "predict 'v' or 'x0'"),
     "score without signal": (call(Denoiser, identity, Cosine(-math.inf), "score"), ArgumentError, r"min_log_snr=-20"),
     "F without signal": (call(Denoiser, identity, ZERO, sigma_data=1.0), ArgumentError, "end the schedule sooner"),
@@ -498,14 +540,19 @@ BAD = {
     "convert to flow": (call(convert, X, X, 0.5, VP(), "eps", "flow"), ArgumentError, "'velocity'"),
     "guide without null": (call(guide, PLAIN, 2.0, scalar(1.0)), ArgumentError, "give it `null`"),
     "guide a function": (call(guide, identity, 2.0, scalar(1.0)), ArgumentTypeError, r"Guided\(c, u, scale\)"),
-    "guided function": (call(Guided, PLAIN, identity, 2.0), ArgumentTypeError, "both branches"),
+    "guided function": (call(Guided, PLAIN, identity, 2.0), ArgumentTypeError, "`unconditional` must be a Denoiser"),
     "guided by text": (call(Guided, PLAIN, PLAIN, "2"), ArgumentTypeError, "0-dim tensor"),
+    "guided by a scale a row": (call(Guided, PLAIN, PLAIN, torch.ones(3)), ShapeError, "`scale` must be one number"),
     "guided by integers": (call(Guided, PLAIN, PLAIN, torch.tensor(2)), ArgumentTypeError, "float64"),
     "guided on two schedules": (
         call(Guided, PLAIN, Denoiser(identity, VP(0.1, 10.0), "eps"), 2.0), ArgumentError, "same one",
     ),
     "guided twice": (call(Guided, Guided(PLAIN, PLAIN, 2.0), PLAIN, 3.0), ArgumentError, "guided already"),
     "clipped to nothing": (call(Clipped, PLAIN, 1.0, 1.0), ArgumentError, "`low` must be below `high`"),
+    "clipped by text": (call(Clipped, PLAIN, "0", 1.0), ArgumentTypeError, "`low` must be a number"),
+    "clipped by a tensor": (call(Clipped, PLAIN, 0.0, X), ArgumentTypeError, "`high` must be a number"),
+    "clipped by NaN": (call(Clipped, PLAIN, math.nan, 1.0), ArgumentError, "`low` must lie in"),
+    "lent to a function": (call(Lent, identity, ("a",)), ArgumentTypeError, r"`module` must be an nn.Module"),
     "clipped function": (call(Clipped, identity, 0.0, 1.0), ArgumentTypeError, "Denoiser"),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from sdesens.diffusion import (
     CondOT,
     Cosine,
     Denoiser,
+    LogSNR,
     SubVP,
     affine_moments,
     ancestral,
@@ -148,7 +149,7 @@ def test_start_is_remembered_as_predicted():
     """corr^2(x_T, x_0) = (alpha_T^2 s^2 / V_T)^(eta^2), by the response of the mean to the start; VP cut short at t = 0.4."""
     grid = uniform_grid(VP(), 4096, t_start=0.4, t_min=1e-4)
     for eta in (0.25, 0.5, 1.0):
-        sde = sampler_sde(LAW.denoiser(VP()), grid, None, start=torch.zeros((), dtype=F64), eta=eta)
+        sde = sampler_sde(LAW.denoiser(VP()), grid, None, start=0.0, eta=eta)
         v_T = law_at(VP(), grid[0])[1] ** 2
         zero = torch.zeros(1, 1, dtype=F64)
         ends = [affine_moments(sde, torch.tensor([x], dtype=F64), zero, len(grid)) for x in (0.0, 1.0)]
@@ -294,7 +295,7 @@ def test_a_sampler_is_an_sde_of_the_core(step, options):
     noise = ss.Philox(5)
     x = prior(VP(), 6, event, noise=noise, dtype=F64)
     walked = walk(denoiser, x, grid, step, options=options, noise=noise)
-    sde = sampler_sde(denoiser, grid, step, event=event, **options)
+    sde = sampler_sde(denoiser, grid, step, **options)
     remembers = getattr(sde.step, "remembers", False)
     if remembers:  # its noise has more components: hand it in
         z = noise.normals(0, 6, 0, 8, 2, dtype=F64, device=torch.device("cpu"))
@@ -337,9 +338,9 @@ def test_noise_belongs_to_the_sample(sampler):
     denoiser, grid = RING.denoiser(VP()), uniform_grid(VP(), 10, t_min=0.05)
     x = prior(VP(), 6, (2,), seed=4, dtype=F64)
     whole = sampler(denoiser, x, grid, seed=4, **how)
-    parts = [sampler(denoiser, x[i : i + 2], grid, seed=4, first=i, **how) for i in (0, 2, 4)]
+    parts = [sampler(denoiser, x[i : i + 2], grid, seed=4, first_path=i, **how) for i in (0, 2, 4)]
     assert torch.allclose(torch.cat(parts), whole, rtol=1e-13, atol=1e-13)  # products of matrices round by shape
-    assert torch.equal(prior(VP(), 2, (2,), seed=4, first=3, dtype=F64), x[3:5])
+    assert torch.equal(prior(VP(), 2, (2,), seed=4, first_path=3, dtype=F64), x[3:5])
     z = ss.Philox(4).normals(0, 6, 1, 10, 2, dtype=F64, device=torch.device("cpu"))
     assert torch.equal(sampler(denoiser, x, grid, noise=z, **how), whole)
     assert not torch.equal(sampler(denoiser, x, grid, seed=5, **how), whole)
@@ -366,7 +367,7 @@ def test_float32_networks_and_a_condition_for_every_row(sampler):
     x, labels, grid = prior(VP(), 4, (2,), seed=1), torch.tensor([0, 1, 1, 0]), uniform_grid(VP(), 5)
     with torch.no_grad():
         out = sampler(guide(denoiser, 2.0, labels), x, grid, seed=1)
-        alone = sampler(guide(denoiser, 2.0, labels[2]), x[2:3], grid, seed=1, first=2)
+        alone = sampler(guide(denoiser, 2.0, labels[2]), x[2:3], grid, seed=1, first_path=2)
     assert out.dtype == torch.float32
     assert torch.allclose(out[2:3], alone, atol=1e-4)  # rounding of 5 float32 steps
     with pytest.raises(ShapeError, match="4 rows for a batch of 3"):
@@ -467,8 +468,14 @@ BAD = {
     "one sample": (lambda d, x: ddim(d, x[0, 0], [1.0, 0.5]), ShapeError, "row"),
     "no predictor": (lambda d, x: ddim(lambda x, t: x, x, [1.0, 0.5]), ArgumentTypeError, "Denoiser"),
     "NaN start": (lambda d, x: ddim(d, x * math.nan, [1.0, 0.5]), NonFiniteError, "finite"),
-    "prior count": (lambda d, x: prior(VP(), 0, (2,), seed=1), ArgumentTypeError, "positive"),
-    "steps": (lambda d, x: uniform_grid(VP(), 0), ArgumentTypeError, "positive"),
+    "prior count": (lambda d, x: prior(VP(), 0, (2,), seed=1), ArgumentError, "at least 1"),
+    "steps": (lambda d, x: uniform_grid(VP(), 0), ArgumentError, "at least 1"),
+    "event": (lambda d, x: prior(VP(), 2, 3, seed=1), ArgumentTypeError, "tuple"),
+    "prior of no schedule": (lambda d, x: prior(d, 2, (3,), seed=1), ArgumentTypeError, "Schedule"),
+    "churn a bool": (lambda d, x: heun(d, x, [1.0, 0.5], churn=True), ArgumentTypeError, "churn"),
+    "noise for no use": (lambda d, x: ddim(d, x, [1.0, 0.5], noise="white"), ArgumentTypeError, "Philox"),
+    "grid of no schedule": (lambda d, x: uniform_grid(3, 3), ArgumentTypeError, "Schedule"),
+    "one number for a grid": (lambda d, x: heun(d, x, 0.5), ShapeError, "two times"),
     "t_min": (lambda d, x: uniform_grid(VP(), 3, t_min=2.0), GridError, "t_min"),
     "infinite log-SNR": (lambda d, x: log_snr_grid(CondOT(), 3), GridError, "t_start"),
     "noise levels": (lambda d, x: edm_grid(VP(), 10, r_max=1e6), ArgumentError, "r_max"),
@@ -491,9 +498,20 @@ def test_a_network_that_blows_up_is_reported_with_its_step():
 
 
 def test_moments_refuse_what_is_not_affine():
-    sde = sampler_sde(RING.denoiser(VP()), [1.0, 0.5], event=(2,))
+    sde = sampler_sde(RING.denoiser(VP()), [1.0, 0.5])
     with pytest.raises(ArgumentError, match="affine"):
         affine_moments(sde, torch.zeros(2, dtype=F64), torch.eye(2, dtype=F64), 2)
+
+
+def test_an_option_with_the_name_of_a_parameter_is_refused():
+    schedule = LogSNR(lambda t, p: p["gamma"] * (1 - 2 * t), {"gamma": torch.tensor(10.0, dtype=F64)})
+    with pytest.raises(ArgumentError, match="rename"):
+        heun(RING.denoiser(schedule), given((2, 2)), [0.9, 0.5], churn=2.0, seed=1)
+
+
+def test_a_step_that_remembers_says_so():
+    with pytest.raises(ShapeError, match="remembers"):
+        walk(RING.denoiser(VP()), given((2, 2)), [1.0, 0.5], lambda d, x, span, z, memory: (x, x), seed=1)
 
 
 def test_a_step_that_returns_something_else_is_refused():

@@ -10,14 +10,17 @@ from torch import nn
 
 import sdesens as ss
 from sdesens.diffusion import (
+    VE,
     VP,
     CondOT,
     Denoiser,
     Guided,
+    LogSNR,
     affine_moments,
     ddim,
     ddim_step,
     dpmpp_2m_step,
+    euler_maruyama,
     guide,
     heun_step,
     log_snr_grid,
@@ -27,7 +30,7 @@ from sdesens.diffusion import (
     uniform_grid,
     walk,
 )
-from sdesens.diffusion.adjoint_matching import adjoint_matching_loss, lean_adjoint, matching_loss, memory
+from sdesens.diffusion.adjoint_matching import adjoint_matching_loss, lean_adjoint, matching_loss, remembered
 from sdesens.diffusion.oracles import Gaussian
 from sdesens.diffusion.predict import Predictor
 from sdesens.errors import ArgumentError, ArgumentTypeError, DetachedError, JumpError, MemoryWarning, ShapeError
@@ -109,6 +112,47 @@ def test_a_sampler_function_and_its_problem_are_one():
     (by_autograd,) = torch.autograd.grad(value, weights)
     assert float(result.value.mean) == pytest.approx(value.item(), rel=1e-12)
     assert torch.allclose(result.gradient["net.inner.bias"].mean, by_autograd, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize(("step", "options"), [(None, {"eta": 0.7}), (ddim_step, {"eta": 0.4})])
+def test_the_prior_moves_with_the_schedule(step, options):
+    """d/d sigma_max through the starting noise, too: against a schedule made anew, by central differences and autograd."""
+    grid, law = [1.0, 0.8, 0.6, 0.4, 0.2, 0.05], Gaussian(ONE, 0.25 * ONE)
+
+    def mean(sigma_max):
+        schedule = VE(0.01, sigma_max)
+        x = prior(schedule, 32, (1,), seed=3, dtype=F64)
+        return walk(law.denoiser(schedule), x, grid, step, options, seed=3)[:, 0].square().mean()
+
+    problem = sampler_problem(
+        law.denoiser(VE(0.01, 5.0)), grid, lambda x: x[:, 0] ** 2, step=step, event=(1,), **options
+    )
+    found = ss.sensitivity(problem, n_paths=32, wrt="sigma_max", seed=3, audit=False)
+    leaf = torch.tensor(5.0, dtype=F64, requires_grad=True)
+    (by_autograd,) = torch.autograd.grad(mean(leaf), leaf)
+    differences = float(mean(5.0 + 1e-5) - mean(5.0 - 1e-5)) / 2e-5
+    assert float(found.gradient["sigma_max"].mean) == pytest.approx(float(by_autograd), rel=1e-10)
+    assert float(by_autograd) == pytest.approx(differences, rel=1e-6)
+
+
+def test_the_dtype_is_that_of_the_network():
+    net = torch.nn.Linear(2, 2)
+    denoiser = Denoiser(Thin(net), VP(), "v")
+    problem = sampler_problem(denoiser, uniform_grid(VP(), 4), lambda x: x[:, 0], event=(2,))
+    assert problem.y0.dtype == torch.float32
+    result = ss.sensitivity(problem, n_paths=100, wrt="net.net.weight", seed=1, audit=False)
+    x = prior(VP(), 100, (2,), seed=1)
+    value = euler_maruyama(denoiser, x, uniform_grid(VP(), 4), seed=1)[:, 0].mean().item()
+    assert float(result.value.mean) == pytest.approx(value, rel=1e-5)  # float32
+
+
+class Thin(nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, t):
+        return self.net(x)
 
 
 def test_crosscheck_of_the_reverse_sde():
@@ -349,10 +393,10 @@ def test_adjoint_matching_reaches_the_tilted_law_or_the_predicted_part_of_it(eta
 
     ends = []
     for denoiser in (base, tuned):
-        sde = sampler_sde(denoiser, grid, start=torch.zeros((), dtype=F64), eta=eta)
+        sde = sampler_sde(denoiser, grid, start=0.0, eta=eta)
         ends.append(affine_moments(sde, alpha * ONE, std**2 * torch.ones(1, 1, dtype=F64), n + 1))
     moved = float(ends[1][0] - ends[0][0])
-    share = 1 - memory(schedule, eta, data_std=0.5, t=float(grid[0]))
+    share = 1 - remembered(schedule, eta, data_std=0.5, t=float(grid[0]))
     # order 1 in h = 1e-3 with beta up to 20: a few per cent at most
     assert moved / (0.25 * a) == pytest.approx(share, abs=0.01)
     assert float(ends[1][1]) == pytest.approx(0.25, rel=0.01)  # the variance is kept
@@ -366,7 +410,7 @@ def test_memory():
     """Equation (3): all of the start at eta = 0, (4.3e-5)^(eta^2) for unit data and VP."""
     alpha = float(VP().alpha(1.0))
     for eta in (0.0, 0.3, 1.0):
-        assert memory(VP(), eta) == pytest.approx(alpha ** (2 * eta**2), rel=1e-12)
+        assert remembered(VP(), eta) == pytest.approx(alpha ** (2 * eta**2), rel=1e-12)
 
 
 def test_a_round_of_adjoint_matching_trains():
@@ -390,8 +434,11 @@ def test_a_round_of_adjoint_matching_trains():
     xs = paths(base, x, grid, 1.0, 8).detach()  # the model was its base when these were sampled
     after = matching_loss(model, base, xs, lean_adjoint(base, xs, grid, reward), grid).mean()
     assert after.item() < before.item()
-    some = round_(at=[0, 7, 19])
-    assert some.item() > 0
+    adjoint = lean_adjoint(base, xs, grid, reward)
+    each = [matching_loss(model, base, xs, adjoint, grid, at=[k]) / 20 for k in range(20)]  # one step, scaled up to all
+    some = matching_loss(model, base, xs, adjoint, grid, at=[0, 7, 19])
+    assert torch.allclose(some, 20 / 3 * (each[0] + each[7] + each[19]), rtol=1e-12)
+    assert torch.allclose(matching_loss(model, base, xs, adjoint, grid), sum(each[1:], each[0]), rtol=1e-12)
     with pytest.warns(MemoryWarning, match="eta = 1"):
         round_(eta=0.5)
 
@@ -428,6 +475,22 @@ BAD = {
         ),
         ArgumentError,
         "made for",
+    ),
+    "lean, eta 0": (
+        lambda d, g: lean_adjoint(d, torch.zeros(5, 2, 1, dtype=F64), g, reward, eta=0.0),
+        ArgumentError,
+        "nothing to control",
+    ),
+    "remembered": (lambda d, g: remembered(VP(), -1.0), ArgumentError, "eta"),
+    "x_T taken": (
+        lambda d, g: sampler_problem(
+            Denoiser(lambda x, t, p: x, LogSNR(lambda t, p: p["x_T"] * (1 - 2 * t), {"x_T": ONE[0]}), "v"),
+            g,
+            reward,
+            x=ONE,
+        ),
+        ArgumentError,
+        "x_T",
     ),
     "at": (
         lambda d, g: matching_loss(d, d, torch.zeros(5, 2, 1, dtype=F64), torch.zeros(5, 2, 1, dtype=F64), g, at=[7]),

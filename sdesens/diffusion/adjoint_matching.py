@@ -23,29 +23,30 @@ import torch
 from torch import Tensor
 
 from sdesens.diffusion.chain import GridClock
-from sdesens.diffusion.equations import Backwards, check_denoiser, check_eta
+from sdesens.diffusion.checks import number
+from sdesens.diffusion.equations import Backwards, check_denoiser, check_eta, require_finite
 from sdesens.diffusion.grids import check_grid
 from sdesens.diffusion.predict import Predictor, check_predictor
-from sdesens.diffusion.samplers import walk
-from sdesens.diffusion.schedule import Schedule
+from sdesens.diffusion.schedule import Schedule, check_schedule
 from sdesens.diffusion.sensitivity import Reward
 from sdesens.diffusion.values import like
-from sdesens.errors import ArgumentError, MemoryWarning, ShapeError
+from sdesens.diffusion.walk import walk
+from sdesens.errors import ArgumentError, MemoryWarning, NonFiniteError, ShapeError
 from sdesens.noise import Noise
 from sdesens.sde import check_function
-from sdesens.tensors import describe
+from sdesens.tensors import concrete, describe
 
 REMEMBERED = 1e-2
 
 
-def memory(schedule: Schedule, eta: float, *, data_std: float = 1.0, t: float | None = None) -> float:
-    """The share of the start that a sample remembers, equation (3).
+def remembered(schedule: Schedule, eta: float, *, data_std: float = 1.0, t: float | None = None) -> float:
+    """The share of its start that a sample remembers, equation (3).
 
     Parameters
     ----------
     schedule : Schedule
-    eta : float
-    data_std : float
+    eta : float, >= 0
+    data_std : float, > 0
         Standard deviation of the data.
     t : float, optional
         Where sampling starts; t_max if left out.
@@ -53,13 +54,16 @@ def memory(schedule: Schedule, eta: float, *, data_std: float = 1.0, t: float | 
     Example
     -------
     >>> from sdesens.diffusion import VP
-    >>> [round(memory(VP(), eta), 5) for eta in (0.0, 0.5, 1.0)]
+    >>> [round(remembered(VP(), eta), 5) for eta in (0.0, 0.5, 1.0)]
     [1.0, 0.08107, 4e-05]
     """
+    check_schedule("schedule", schedule)
+    eta = number("eta", eta, 0.0, ends=True, hint="0 is the ODE, 1 the reverse SDE")
+    data_std = number("data_std", data_std, 0.0, hint="it is the data's standard deviation")
     with torch.no_grad():
         t = schedule.t_max if t is None else t
         signal, noise = (schedule.alpha(t) * data_std) ** 2, schedule.sigma(t) ** 2
-        return float((signal / (signal + noise)) ** (float(eta) ** 2))
+        return float((signal / (signal + noise)) ** (eta**2))
 
 
 def lean_adjoint(base: Predictor, xs: Tensor, grid, reward: Reward, *, eta: float = 1.0) -> Tensor:
@@ -95,12 +99,13 @@ def lean_adjoint(base: Predictor, xs: Tensor, grid, reward: Reward, *, eta: floa
         raise ShapeError(
             f"`xs` must hold the states at all {len(grid)} grid points, shape (N + 1, B, *event), got {describe(xs)}."
         )
-    p = {**{k: v.detach() for k, v in base.params.items()}, "eta": check_eta(eta)}
+    require_finite(base.schedule, float(grid[0]), check_eta(eta))
+    p = {**{k: v.detach() for k, v in base.params.items()}, "eta": check_eta(_positive(eta))}
     backwards = Backwards(base, GridClock(grid))
     xs = xs.detach()
     adjoint = [-_gradient(reward, xs[-1])]
     for k in reversed(range(len(grid) - 1)):
-        t = torch.tensor(k + 1.0, dtype=torch.float64, device=xs.device)
+        t = torch.tensor(k + 1.0, dtype=torch.float64)
         pull_back = torch.func.vjp(lambda x, t=t: backwards.drift(t, x, p), xs[k])[1]
         adjoint.append(adjoint[-1] + pull_back(adjoint[-1])[0].detach())
     return torch.stack(adjoint[::-1])
@@ -128,10 +133,20 @@ def matching_loss(
     eta : float, > 0
     at : sequence of int, optional
         The steps k = 0 ... N - 1 that are summed, scaled up to all of them; all if left out.
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP, Gaussian, prior, uniform_grid, walk
+    >>> base, grid, states = Gaussian(torch.zeros(1), torch.ones(1)).denoiser(VP()), uniform_grid(VP(), 10), []
+    >>> x = walk(base, prior(VP(), 3, (1,), seed=1), grid, seed=1, callback=lambda k, x: states.append(x))
+    >>> xs = torch.stack(states)
+    >>> matching_loss(base, base, xs, lean_adjoint(base, xs, grid, lambda x: x[:, 0]), grid).shape
+    torch.Size([3])
     """
     schedule = base.schedule
     check_denoiser(schedule, denoiser)
     grid, strength = check_grid(schedule, grid), _positive(eta)
+    require_finite(schedule, float(grid[0]), check_eta(eta))
     n = len(grid) - 1
     if adjoint.shape != xs.shape or len(xs) != n + 1:
         raise ShapeError(
@@ -163,7 +178,7 @@ def adjoint_matching_loss(
     at: Sequence[int] | None = None,
     seed: int | None = None,
     noise: Noise | Tensor | None = None,
-    first: int = 0,
+    first_path: int = 0,
 ) -> Tensor:
     """One round of adjoint matching: sample, solve the lean adjoint, and return the losses (B,) to step an optimiser on.
 
@@ -182,7 +197,7 @@ def adjoint_matching_loss(
         Noise of the sampler, and the data's standard deviation, for the check that the start is forgotten.
     at
         See `matching_loss`.
-    seed, noise, first
+    seed, noise, first_path
         See `walk`.
 
     Raises
@@ -194,11 +209,21 @@ def adjoint_matching_loss(
     -----
     MemoryWarning
         If more than a hundredth of the start is remembered, equation (3): the tuned law is not p*.
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP, Denoiser, prior, uniform_grid
+    >>> w = torch.tensor(0.5, requires_grad=True)
+    >>> model, base = (Denoiser(lambda x, t, p: p["w"] * x, VP(), "x0", parameters={"w": v}) for v in (w, w.detach()))
+    >>> x = prior(VP(), 8, (1,), seed=1)
+    >>> adjoint_matching_loss(model, base, x, uniform_grid(VP(), 20), lambda x: x[:, 0], seed=1).mean().backward()
+    >>> bool(w.grad.abs() > 0)
+    True
     """
     check_predictor("base", base)
     check_denoiser(base.schedule, denoiser)
     strength, grid = _positive(eta), check_grid(base.schedule, grid)
-    kept = memory(base.schedule, strength, data_std=data_std, t=float(grid[0]))
+    kept = remembered(base.schedule, strength, data_std=data_std, t=float(grid[0]))
     if kept > REMEMBERED:
         warnings.warn(
             f"with eta = {strength:g} samples remember {kept:.2g} of their start, so that tuning falls short of the law p e^r by that share of "
@@ -215,7 +240,7 @@ def adjoint_matching_loss(
             options={"eta": strength},
             seed=seed,
             noise=noise,
-            first=first,
+            first_path=first_path,
             callback=lambda k, x: states.append(x),
         )
     xs = torch.stack(states)
@@ -235,7 +260,10 @@ def _gradient(reward: Reward, x: Tensor) -> Tensor:
             raise ArgumentError(
                 "`reward` does not depend on x as autograd sees it: write it in torch, without detach()."
             )
-        return torch.autograd.grad(value.sum(), x)[0]
+        found = torch.autograd.grad(value.sum(), x)[0]
+        if concrete(found) and not bool(torch.isfinite(found).all()):
+            raise NonFiniteError("the gradient of `reward` is infinite or NaN at some samples: look at it there.")
+        return found
 
 
 def _positive(eta) -> float:

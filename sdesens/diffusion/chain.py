@@ -17,14 +17,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdesens.diffusion.checks import parameter
 from sdesens.diffusion.equations import Backwards, check_eta, require_finite
 from sdesens.diffusion.grids import check_grid
 from sdesens.diffusion.predict import Predictor, check_predictor
 from sdesens.diffusion.schedule import Schedule
-from sdesens.diffusion.steps import Span, Step, ddim_step
+from sdesens.diffusion.steps import Span, Step, ddim_step, heun_step
 from sdesens.diffusion.values import like
 from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
-from sdesens.sde import SDE, Params, check_parameter
+from sdesens.sde import SDE, Params, check_function
 from sdesens.tensors import concrete
 
 START = 1 - 1e-9  # times below this draw the starting noise
@@ -37,11 +38,22 @@ class GridClock:
     grid: Tensor
 
     def __call__(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        grid = self.grid.to(s.device)
-        at = (s.to(torch.float64) - 1).clamp(0, len(grid) - 1)
-        k = (at.detach() + 1e-9).floor().long().clamp_max(len(grid) - 2)
-        slope = grid[k + 1] - grid[k]
-        return grid[k] + (at - k) * slope, -slope
+        at = (s.to("cpu", torch.float64) - 1).clamp(0, len(self.grid) - 1)
+        k = (at.detach() + 1e-9).floor().long().clamp_max(len(self.grid) - 2)
+        slope = self.grid[k + 1] - self.grid[k]
+        return self.grid[k] + (at - k) * slope, -slope
+
+
+@dataclass(frozen=True, eq=False)
+class Beginning:
+    """The standard deviation of the starting noise: given, or that of the schedule's prior."""
+
+    schedule: Schedule
+    std: Tensor | None
+
+    def __call__(self, p: Params, x: Tensor) -> Tensor:
+        std = self.schedule.with_params(p).prior_std if self.std is None else self.std
+        return like(std, x).expand_as(x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,24 +61,19 @@ class Starting:
     """Coefficients on a grid clock, after a first unit of time in which the starting noise is drawn."""
 
     after: Backwards
-    std: Tensor
+    beginning: Beginning
     remembers: bool = False
 
     def drift(self, t: Tensor, y: Tensor, p: Params) -> Tensor:
         """Nothing, then that of the reverse SDE."""
-        return self._pieces(t, y, p, torch.zeros_like, self.after.drift)
+        x = unpack(y, self.remembers)
+        return pack(first_or(t, lambda: torch.zeros_like(x), lambda: self.after.drift(t, x, p)), None, self.remembers)
 
     def diffusion(self, t: Tensor, y: Tensor, p: Params) -> Tensor:
         """The standard deviation of the starting noise, then eta g."""
-        return self._pieces(t, y, p, lambda x: like(self.std, x).expand_as(x), self.after.diffusion)
-
-    def _pieces(self, t: Tensor, y: Tensor, p: Params, first: Callable, then: Callable) -> Tensor:
-        x = y[:, 0] if self.remembers else y
-        if concrete(t):
-            out = first(x) if float(t) < START else then(t, x, p)
-        else:
-            out = torch.where(t < START, first(x), then(t, x, p))
-        return torch.stack((out, torch.zeros_like(out)), 1) if self.remembers else out
+        x = unpack(y, self.remembers)
+        g = first_or(t, lambda: self.beginning(p, x), lambda: self.after.diffusion(t, x, p))
+        return pack(g, None, self.remembers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,31 +83,55 @@ class Chain:
     step: Step
     denoiser: Predictor
     clock: GridClock
-    std: Tensor
+    beginning: Beginning
     options: tuple[str, ...]
     remembers: bool
 
     def __call__(self, sde: SDE, p: Params, t: Tensor, dt: Tensor, y: Tensor, dW: Tensor) -> Tensor:
-        dW = dW.reshape(y.shape)
-        if concrete(t):
-            return self._start(y, dW) if float(t) < START else self._move(p, t, dt, y, dW)
-        return torch.where(t < START, self._start(y, dW), self._move(p, t, dt, y, dW))
+        x, z = unpack(y, self.remembers), unpack(dW.reshape(y.shape), self.remembers)
 
-    def _start(self, y: Tensor, dW: Tensor) -> Tensor:
-        fresh = y + like(self.std, y) * dW
-        return torch.stack((fresh[:, 0], torch.zeros_like(y[:, 1])), 1) if self.remembers else fresh
+        def start() -> Tensor:
+            return pack(x + self.beginning(p, x) * z, None, self.remembers)
 
-    def _move(self, p: Params, t: Tensor, dt: Tensor, y: Tensor, dW: Tensor) -> Tensor:
-        before, here, there = (self.clock(s)[0] for s in (torch.clamp(t - dt, min=1.0), t, t + dt))
-        x, memory = (y[:, 0], y[:, 1]) if self.remembers else (y, None)
-        z = (dW[:, 0] if self.remembers else dW) / dt.sqrt()
-        options = {name: p[name] for name in self.options}
-        x, memory = self.step(self.denoiser.with_params(p), x, Span(before, here, there), z, memory, **options)
-        return x if memory is None else torch.stack((x, memory), 1)
+        def move() -> Tensor:
+            times = (self.clock(s)[0] for s in (torch.clamp(t - dt, min=1.0), t, t + dt))
+            memory, options = y[:, 1] if self.remembers else None, {name: p[name] for name in self.options}
+            found = self.step(self.denoiser.with_params(p), x, Span(*times), z / dt.sqrt(), memory, **options)
+            return pack(*check_step(found, x, self.remembers), self.remembers)
+
+        return first_or(t, start, move)
+
+
+def first_or(t: Tensor, start: Callable[[], Tensor], move: Callable[[], Tensor]) -> Tensor:
+    """What holds while the starting noise is drawn, or after."""
+    if concrete(t):
+        return start() if t.item() < START else move()
+    return torch.where(t < START, start(), move())
+
+
+def pack(x: Tensor, memory: Tensor | None, remembers: bool) -> Tensor:
+    """The chain's state: x, or x and what is remembered, (B, 2, *event)."""
+    return torch.stack((x, torch.zeros_like(x) if memory is None else memory), 1) if remembers else x
+
+
+def unpack(y: Tensor, remembers: bool) -> Tensor:
+    """x of the chain's state."""
+    return y[:, 0] if remembers else y
+
+
+def check_step(found, x: Tensor, remembers: bool) -> tuple[Tensor, Tensor | None]:
+    """What a step returned; raise ShapeError unless it is (x_u, memory) as promised."""
+    fits = isinstance(found, tuple) and len(found) == 2 and getattr(found[0], "shape", None) == x.shape
+    if not fits or getattr(found[1], "shape", None) != (x.shape if remembers else None):
+        raise ShapeError(
+            f"`step` must return (x_u, memory), x_u of the shape of x, {tuple(x.shape)}, and memory None, or like x if step.remembers "
+            f"is True; got {found!r:.80}."
+        )
+    return found
 
 
 def sampler_sde(
-    denoiser: Predictor, grid, step: Step | None = None, *, start: Tensor | None = None, event=(1,), **options
+    denoiser: Predictor, grid, step: Step | None = None, *, start: float | Tensor | None = None, **options
 ) -> SDE:
     """A sampler as an SDE of the core, equation (1); solve it on times 0 ... N + 1 with unit steps.
 
@@ -111,10 +142,9 @@ def sampler_sde(
         Falling times, from noise to data.
     step : callable, optional
         `ddim_step`, `heun_step`, `dpmpp_2m_step` or your own (`sdesens.diffusion.steps`). Euler-Maruyama if left out.
-    start : 0-dim Tensor, optional
-        Standard deviation of the starting noise; that of the schedule's prior if left out.
-    event : tuple of int
-        Shape of one sample: a step is tried on one, with a predictor that sees nothing, to learn whether it remembers.
+    start : number or 0-dim Tensor, optional
+        Standard deviation of the starting noise; that of the schedule's prior if left out, and then it moves with the
+        schedule's parameters.
     **options
         Of the step, "eta" (1) of Euler-Maruyama: numbers or 0-dim tensors. They are parameters of the SDE, beside those
         of the denoiser.
@@ -127,85 +157,61 @@ def sampler_sde(
     Raises
     ------
     GridError, ShapeError, ArgumentError, ArgumentTypeError
+
+    Example
+    -------
+    >>> from sdesens import sdeint
+    >>> from sdesens.diffusion import VP, Denoiser, ddim_step
+    >>> denoiser = Denoiser(lambda x, t: 0 * x, VP(), "x0")
+    >>> sde = sampler_sde(denoiser, (1.0, 0.5, 0.1), ddim_step, eta=0.5)
+    >>> sdeint(sde, torch.zeros(4, 2), (0.0, 3.0), n_steps=3, seed=1).shape
+    torch.Size([2, 4, 2])
     """
     check_predictor("denoiser", denoiser)
     schedule = denoiser.schedule
     grid = check_grid(schedule, grid)
-    std = schedule.prior_std.detach() if start is None else start
-    if step is None:
-        options = {"eta": 1.0, **options}
-    tensors = {name: check_option(name, value) for name, value in options.items()}
-    eta = tensors.get("eta", torch.zeros((), dtype=torch.float64))
-    check_eta(eta)
-    if step is None and set(tensors) != {"eta"}:
-        raise ArgumentError(f"Euler-Maruyama has no option {sorted(set(tensors) - {'eta'})}: its only one is `eta`.")
-    if step is ddim_step and concrete(eta) and eta.item() > 1:
-        raise ArgumentError(
-            f"`eta` must lie in [0, 1] for DDIM, got {eta.item():g}: 1 is ancestral sampling, 0 deterministic."
-        )
-    if step is None and not (concrete(eta) and eta.item() == 0):
-        require_finite(schedule, float(grid[0]), eta)
+    tensors = {
+        name: parameter(name, value) for name, value in {**({"eta": 1.0} if step is None else {}), **options}.items()
+    }
+    check_options(denoiser, step, tensors)
     clock = GridClock(grid)
+    beginning = Beginning(schedule, None if start is None else parameter("start", start))
     params = {**denoiser.params, **tensors}
     if step is None:
-        plain = Starting(Backwards(denoiser, clock), std)
+        if not (concrete(tensors["eta"]) and tensors["eta"].item() == 0):
+            require_finite(schedule, float(grid[0]), tensors["eta"])
+        plain = Starting(Backwards(denoiser, clock), beginning)
         return SDE(plain.drift, plain.diffusion, params)
-    check_options(step, tensors)
-    remembers = _remembers(step, schedule, grid, event, options)
-    stated = Starting(Backwards(denoiser, clock), std, remembers)
-    chain = Chain(step, denoiser, clock, std, tuple(tensors), remembers)
+    remembers = bool(getattr(step, "remembers", False))
+    stated = Starting(Backwards(denoiser, clock), beginning, remembers)
+    chain = Chain(step, denoiser, clock, beginning, tuple(tensors), remembers)
     return SDE(stated.drift, stated.diffusion, params, step=chain)
 
 
-def check_option(name: str, value) -> Tensor:
-    """A number or 0-dim tensor as a parameter."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
-        raise ArgumentTypeError(f"`{name}` must be a number or a 0-dim tensor, got {value!r}.")
-    value = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-    check_parameter(name, value)
-    if value.dim():
-        raise ShapeError(f"`{name}` must be one number, got shape {tuple(value.shape)}.")
-    return value
-
-
-def check_options(step: Step, options: dict[str, Tensor]) -> None:
-    """Raise ArgumentTypeError unless the step takes these options."""
+def check_options(denoiser: Predictor, step: Step | None, options: dict[str, Tensor]) -> None:
+    """Raise unless the step takes these options, with values that make sense, and no parameter has one's name."""
+    if clash := denoiser.params.keys() & options.keys():
+        raise ArgumentError(
+            f"the sampler and the denoiser both have a parameter called {min(clash)!r}: rename the denoiser's, or its schedule's."
+        )
+    if "eta" in options:
+        eta = check_eta(options["eta"])
+        if step is ddim_step and concrete(eta) and eta.item() > 1:
+            raise ArgumentError(
+                f"`eta` must lie in [0, 1] for DDIM, got {eta.item():g}: 1 is ancestral sampling, 0 deterministic."
+            )
+    for name in {"gamma", "noise_scale"} & options.keys() if step is heun_step else ():
+        if concrete(options[name]) and options[name].item() < 0:
+            raise ArgumentError(f"`{name}` must be >= 0, got {options[name].item():g}: 0 adds no noise.")
+    if step is None:
+        if unknown := options.keys() - {"eta"}:
+            raise ArgumentError(f"Euler-Maruyama has no option {min(unknown)!r}: its only one is `eta`.")
+        return
+    check_function("step", step, ("denoiser", "x", "span", "z", "memory"))
     try:
         inspect.signature(step).bind("denoiser", "x", "span", "z", "memory", **options)
     except TypeError as error:
         raise ArgumentTypeError(
-            f"`step` must be a function of (denoiser, x, span, z, memory, **options) that takes {', '.join(options) or 'no options'}: {error}."
+            f"`step` does not take {', '.join(map(repr, options))}: {error}. Its options come after (denoiser, x, span, z, memory). "
+            "A sampler such as ddim is no step, ddim_step is."
         ) from error
-
-
-@dataclass(frozen=True, eq=False)
-class _Blank(Predictor):
-    """A predictor that sees nothing, and costs nothing."""
-
-    schedule: Schedule
-
-    @property
-    def params(self):
-        return {}
-
-    def with_params(self, p):
-        return self
-
-    def pair(self, x, t):
-        return torch.zeros_like(x), torch.zeros_like(x)
-
-
-def _remembers(
-    step: Step, schedule: Schedule, grid: Tensor, event: tuple[int, ...], options: dict[str, Tensor]
-) -> bool:
-    """Whether a step carries something over to the next, tried on one blank sample; no network is called."""
-    x = torch.zeros(1, *event, dtype=torch.float64)
-    with torch.no_grad():
-        x_u, memory = step(_Blank(schedule), x, Span(grid[0], grid[0], grid[1]), x, None, **options)
-    for name, found in (("x_u", x_u), ("memory", memory)):
-        if not (found is None and name == "memory") and getattr(found, "shape", None) != x.shape:
-            raise ShapeError(
-                f"`step` must return (x_u, memory), each of the shape of x, {tuple(x.shape)}, memory perhaps None, got {name} "
-                f"{found!r:.60}."
-            )
-    return memory is not None

@@ -123,8 +123,8 @@ def above_zero(schedule: Schedule, t: Tensor) -> Tensor:
     sigma = schedule.sigma(t)
     if concrete(sigma) and not bool((sigma > 0).all()):
         raise GridError(
-            "`t` holds a time without noise, where eps and the score do not exist: use t > 0, 1e-5 t_max for a likelihood; a sampler's "
-            "grid may end there."
+            "`t` holds a time without noise, where eps and the score do not exist: use t > 0, 1e-5 t_max for a likelihood. A sampler's "
+            "grid may end there, but not for the adjoint methods, which evaluate the score at the end of a step."
         )
     return t
 

@@ -10,11 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from sdesens.errors import ArgumentError, DtypeError, ShapeError
-from sdesens.noise import Philox
-from sdesens.tensors import describe
-
-CELL_STREAM = 0x7FFFFF02  # away from any stream that samplers and losses use
+from sdesens.diffusion.checks import number, whole
+from sdesens.diffusion.draws import check_items, item_normals
+from sdesens.diffusion.streams import CELLS
+from sdesens.errors import ArgumentError
 
 
 def bits_per_dim(log_prob: Tensor | float, d: int) -> Tensor | float:
@@ -27,12 +26,19 @@ def bits_per_dim(log_prob: Tensor | float, d: int) -> Tensor | float:
     >>> bits_per_dim(-8 * math.log(2), 4)
     2.0
     """
-    check_int("d", d, 1, "it is the number of dimensions, x[0].numel()")
+    whole("d", d, hint="it is the number of dimensions, x[0].numel()")
     return -log_prob / (d * math.log(2))
 
 
 def dequantise(
-    x: Tensor, levels: int, low: float, high: float, *, seed: int = 0, first: int = 0, dtype: torch.dtype | None = None
+    x: Tensor,
+    levels: int,
+    low: float,
+    high: float,
+    *,
+    seed: int = 0,
+    first_item: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, float]:
     """Data on a grid as data with a density: uniform in their cells, equation (1).
 
@@ -44,8 +50,8 @@ def dequantise(
     low, high : float
         The outer edges of the first and the last cell. Data scaled as 2 x / (levels - 1) - 1 have cells of width
         2 / (levels - 1): low = -1, high = 1 + 2 / (levels - 1).
-    seed, first : int
-        The place of row i in its cell is a function of (seed, first + i) alone.
+    seed, first_item : int
+        The place of row i in its cell is a function of (seed, first_item + i) alone.
     dtype : torch.dtype, optional
         Left out, x's own, or torch's default for integers.
 
@@ -55,41 +61,27 @@ def dequantise(
     log_volume : float
         d log w, nats: E log p(y) + log_volume <= log P(x).
 
+    Raises
+    ------
+    ArgumentError
+        For x that are no whole numbers 0 ... levels - 1, levels below 2, low not below high.
+
     Example
     -------
     >>> y, log_volume = dequantise(torch.tensor([[0, 255]]), 256, -1.0, 1.0)
     >>> ((y + 1) * 128).floor(), log_volume == 2 * math.log(2 / 256)
     (tensor([[  0., 255.]]), True)
     """
-    check_int("levels", levels, 2, "256 for 8-bit images")
-    if not -math.inf < low < high < math.inf:
-        raise ArgumentError(f"`low` must be below `high`, both finite, got {low!r} and {high!r}.")
-    check_rows(x)
+    whole("levels", levels, 2, hint="256 for 8-bit images")
+    low = number("low", low, hint="it is the outer edge of the first cell")
+    high = number("high", high, low, hint="`low` must be below `high`")
+    check_items("x", x, floating=False)
     k = x.detach().to(torch.float64)
     if not bool(((k == k.floor()) & (k >= 0) & (k < levels)).all()):
         raise ArgumentError(
             f"`x` must hold whole numbers 0 ... {levels - 1}, got values in [{float(k.min()):g}, {float(k.max()):g}]: give the data "
             "before they were scaled."
         )
-    U, w = torch.special.ndtr(item_normals(x, 1, seed, first, CELL_STREAM)[0]), (high - low) / levels
+    U, w = torch.special.ndtr(item_normals(x, 1, seed, first_item, CELLS)[0]), (high - low) / levels
     dtype = dtype or (x.dtype if x.is_floating_point() else torch.get_default_dtype())
     return (low + (k + U) * w).to(dtype), x[0].numel() * math.log(w)
-
-
-def item_normals(x: Tensor, n: int, seed: int, first: int, stream: int) -> Tensor:
-    """n normals an entry, (n, B, *event), float64."""
-    check_int("first", first, 0, "it is the index of the first row")
-    z = Philox(seed, stream).normals(first, len(x), 0, n, x[0].numel(), dtype=torch.float64, device=x.device)
-    return z.reshape(n, *x.shape)
-
-
-def check_rows(x) -> None:
-    if not isinstance(x, Tensor) or x.is_complex():
-        raise DtypeError(f"`x` must be a real tensor, got {describe(x)}.")
-    if x.dim() < 2 or x.numel() == 0:
-        raise ShapeError(f"`x` must have shape (B, *event), not empty, got {tuple(x.shape)}: x[:, None] for numbers.")
-
-
-def check_int(name: str, value, least: int, remedy: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(f"`{name}` must be an int of at least {least}, got {value!r}: {remedy}.")

@@ -21,20 +21,21 @@ import math
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.schedule import Schedule
+from sdesens.diffusion.checks import number, whole
+from sdesens.diffusion.schedule import Schedule, check_schedule
+from sdesens.diffusion.streams import DROP, NOISE, TIMES, TURN
+from sdesens.diffusion.summary import FIRST_TIME
 from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, GridError, ShapeError
 from sdesens.noise import Philox
 from sdesens.tensors import concrete, describe
 
-TIMES, TURN, NOISE, DROP = range(0x64736D00, 0x64736D04)  # Philox streams, away from those of paths and of probes
 ITEMS, STEPS = 2**32, 2**31
-FIRST_TIME = 1e-5  # of t_max: at t = 0 there is no noise to predict
 
 
 def draw_noise(
-    seed: int, step: int, shape, *, first: int = 0, dtype: torch.dtype = torch.float32, device="cpu"
+    seed: int, step: int, shape, *, first_item: int = 0, dtype: torch.dtype = torch.float32, device="cpu"
 ) -> Tensor:
-    """Standard normals of the items first ... first + B - 1 at a step.
+    """Standard normals of the items first_item ... first_item + B - 1 at a step.
 
     Parameters
     ----------
@@ -42,7 +43,7 @@ def draw_noise(
     step : int
         0 ... 2^31 - 1.
     shape : (B, *event)
-    first : int
+    first_item : int
         Index of the first row in the global batch.
     dtype, device
         On every device and in every dtype the same numbers, to rounding.
@@ -51,26 +52,35 @@ def draw_noise(
     -------
     Tensor, shape (B, *event)
 
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError, ShapeError, DtypeError
+        Unless seed, step and index are ints in their range, the shape has a B, the dtype is floating.
+
     Example
     -------
-    >>> whole = draw_noise(7, 1000, (4, 3))
-    >>> bool((draw_noise(7, 1000, (2, 3), first=2) == whole[2:]).all())
+    >>> batch = draw_noise(7, 1000, (4, 3))
+    >>> bool((draw_noise(7, 1000, (2, 3), first_item=2) == batch[2:]).all())
     True
     """
-    shape = torch.Size(shape)
+    if not isinstance(shape, tuple | list):
+        raise ArgumentTypeError(
+            f"`shape` must be a tuple (B, *event), got {shape!r:.60}: give the number of items first."
+        )
     if not shape:
         raise ShapeError("`shape` must be (B, *event), got (): give the number of items first.")
+    n, *event = (whole("shape", size, 0, hint="it is a size") for size in shape)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise DtypeError(f"`dtype` must be a floating dtype such as torch.float32, got {dtype}.")
-    return _normals(seed, NOISE, step, first, shape[0], shape[1:].numel(), dtype, device).reshape(shape)
+        raise DtypeError(f"`dtype` must be a floating dtype such as torch.float32, got {dtype!r:.60}.")
+    return _normals(seed, NOISE, step, first_item, n, math.prod(event), dtype, device).reshape(n, *event)
 
 
-def draw_uniforms(seed: int, step: int, n: int, *, first: int = 0, total: int | None = None) -> Tensor:
-    """Uniform numbers in (0, 1) of the items first ... first + n - 1, stratified over the global batch, equation (2).
+def draw_uniforms(seed: int, step: int, n: int, *, first_item: int = 0, total: int | None = None) -> Tensor:
+    """Uniform numbers in (0, 1) of the items first_item ... first_item + n - 1, stratified over the global batch, equation (2).
 
     Parameters
     ----------
-    seed, step, first : int
+    seed, step, first_item : int
         See `draw_noise`.
     n : int
         Items wanted here.
@@ -87,19 +97,22 @@ def draw_uniforms(seed: int, step: int, n: int, *, first: int = 0, total: int | 
     >>> sorted((4 * u).floor().tolist())
     [0.0, 1.0, 2.0, 3.0]
     """
-    if total is None and first:
-        raise ArgumentError(f"`total` is missing: with `first` = {first} say how many items the global batch has.")
-    total = n if total is None else total
-    _check("total", total, ITEMS + 1)
-    v = _uniforms(seed, TIMES, step, first, n)
-    if first + n > total:
-        raise ArgumentError(f"items {first} ... {first + n - 1} do not fit in a global batch of `total` = {total}.")
+    if total is None and first_item:
+        raise ArgumentError(
+            f"`total` is missing: with `first_item` = {first_item} say how many items the global batch has."
+        )
+    v = _uniforms(seed, TIMES, step, first_item, n)
+    total = n if total is None else whole("total", total, 0, ITEMS)
+    if first_item + n > total:
+        raise ArgumentError(
+            f"items {first_item} ... {first_item + n - 1} do not fit in a global batch of `total` = {total}: raise it."
+        )
     turn = (_uniforms(seed, TURN, step, 0, 1) * total).floor()
-    place = torch.arange(first, first + n, dtype=torch.float64)
+    place = torch.arange(first_item, first_item + n, dtype=torch.float64)
     return ((place + turn) % total + v) / total
 
 
-def keep_label(seed: int, step: int, n: int, rate: float, *, first: int = 0) -> Tensor:
+def keep_label(seed: int, step: int, n: int, rate: float, *, first_item: int = 0) -> Tensor:
     """Which items keep their condition where each is dropped with probability `rate`, for classifier-free guidance.
 
     Returns
@@ -111,11 +124,8 @@ def keep_label(seed: int, step: int, n: int, rate: float, *, first: int = 0) -> 
     >>> keep_label(7, 0, 3, 0.0)
     tensor([True, True, True])
     """
-    if isinstance(rate, bool) or not isinstance(rate, int | float):
-        raise ArgumentTypeError(f"`rate` must be a number in [0, 1], got {rate!r}.")
-    if not 0 <= rate <= 1:
-        raise ArgumentError(f"`rate` must lie in [0, 1], got {rate}: it is the probability that a label is dropped.")
-    return _uniforms(seed, DROP, step, first, n) >= rate
+    rate = number("rate", rate, 0.0, 1.0, ends=True, hint="it is the probability that a label is dropped")
+    return _uniforms(seed, DROP, step, first_item, n) >= rate
 
 
 def uniform_times(schedule: Schedule, u: Tensor, t_min: float | None = None) -> Tensor:
@@ -175,41 +185,61 @@ def lognormal_times(
     >>> round(float(lognormal_times(EDM(), torch.tensor([0.5])).log()), 6)
     -1.2
     """
-    for name, value in (("std", std), ("sigma_data", sigma_data)):
-        if not 0 < value < math.inf:
-            raise ArgumentError(f"`{name}` must be positive and finite, got {value!r}.")
+    mean, std = number("mean", mean, hint="it is that of log r"), number("std", std, 0.0, hint="it is that of log r")
+    sigma_data = number("sigma_data", sigma_data, 0.0, hint="it is the data's standard deviation")
     t_min = first_time(schedule, t_min)
     log_r = mean + math.log(sigma_data / 0.5) + std * torch.special.ndtri(check_uniform(u))
     return schedule.t_of_log_snr(-2 * log_r).clamp(t_min, schedule.t_max)
 
 
-def first_time(schedule: Schedule, t_min: float | None) -> float:
-    """t_min, or its default; raise GridError unless it lies in [0, t_max)."""
-    t_min = FIRST_TIME * schedule.t_max if t_min is None else float(t_min)
-    if not 0 <= t_min < schedule.t_max:
-        raise GridError(f"`t_min` must lie in [0, {schedule.t_max:.6g}), got {t_min!r}: 1e-5 t_max is usual.")
-    return t_min
+def first_time(schedule: Schedule, t_min: float | None, *, allow_zero: bool = True) -> float:
+    """t_min, by default 1e-5 t_max; raise GridError unless it lies in [0, t_max), or (0, t_max)."""
+    check_schedule("schedule", schedule)
+    if t_min is None:
+        return FIRST_TIME * schedule.t_max
+    hint = f"{FIRST_TIME:g} t_max is usual"
+    t = number("t_min", t_min, hint=hint)
+    if not (0 < t < schedule.t_max or (allow_zero and t == 0)):
+        raise GridError(f"`t_min` must lie in {'[' if allow_zero else '('}0, {schedule.t_max:.6g}), got {t!r}: {hint}.")
+    return t
 
 
-def _normals(seed, stream, step, first, n, dim=1, dtype=torch.float64, device="cpu") -> Tensor:
+def item_normals(x: Tensor, n: int, seed: int, first_item: int, stream: int) -> Tensor:
+    """n normals an entry, (n, B, *event), float64: row i's are a function of (seed, first_item + i) alone."""
+    whole("first_item", first_item, 0, hint="it is the index of the first row")
+    z = Philox(seed, stream).normals(first_item, len(x), 0, n, x[0].numel(), dtype=torch.float64, device=x.device)
+    return z.reshape(n, *x.shape)
+
+
+def _normals(seed, stream, step, first_item, n, dim=1, dtype=torch.float64, device="cpu") -> Tensor:
     """Normals by equation (1), (n, dim)."""
-    _check("step", step, STEPS)
-    _check("first", first, ITEMS)
-    _check("n", n, ITEMS - first + 1)
+    whole("step", step, 0, STEPS - 1)
+    whole("first_item", first_item, 0, ITEMS - 1)
+    whole("n", n, 0, ITEMS - first_item, hint="the global batch has at most 2^32 items")
     source = Philox(seed, stream)
-    return source.normals((step << 32) + first, n, 0, 1, dim, dtype=dtype, device=torch.device(device))[0]
+    return source.normals((step << 32) + first_item, n, 0, 1, dim, dtype=dtype, device=torch.device(device))[0]
 
 
-def _uniforms(seed, stream, step, first, n) -> Tensor:
+def _uniforms(seed, stream, step, first_item, n) -> Tensor:
     """Independent uniforms, (n,)."""
-    return torch.special.ndtr(_normals(seed, stream, step, first, n)[:, 0])
+    return torch.special.ndtr(_normals(seed, stream, step, first_item, n)[:, 0])
 
 
-def _check(name: str, value, limit: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"`{name}` must be an int, got {value!r} ({type(value).__name__}): use int(...).")
-    if not 0 <= value < limit:
-        raise ArgumentError(f"`{name}` must lie in 0 ... {limit - 1}, got {value}.")
+def check_items(name: str, x, *, dims: int = 2, floating: bool = True) -> None:
+    """Raise unless x is (B, *event), real, of so many dims at least and not empty; and floating, if it has to be."""
+    if not isinstance(x, Tensor):
+        raise ArgumentTypeError(
+            f"`{name}` must be a tensor (B, *event), got {type(x).__name__}: use torch.tensor(...)."
+        )
+    if x.is_complex() or (floating and not x.is_floating_point()):
+        raise DtypeError(
+            f"`{name}` must be {'floating' if floating else 'real'}, got {x.dtype}: scale the data to order 1 and convert them; for the "
+            "likelihood of data on a grid see `dequantise`."
+        )
+    if x.dim() < dims or not x.numel():
+        raise ShapeError(
+            f"`{name}` must have shape (B, *event), not empty, got {tuple(x.shape)}: {name}[:, None] for numbers."
+        )
 
 
 def check_uniform(u) -> Tensor:

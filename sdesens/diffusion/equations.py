@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from sdesens.diffusion.checks import parameter
 from sdesens.diffusion.conversions import combine
 from sdesens.diffusion.predict import Predictor, check_predictor
 from sdesens.diffusion.values import like
-from sdesens.errors import ArgumentError, ArgumentTypeError
+from sdesens.errors import ArgumentError
 from sdesens.sde import SDE, Params
 from sdesens.tensors import concrete
 
@@ -42,7 +43,7 @@ class Reversed:
     t_max: float
 
     def __call__(self, s):
-        s = s.to(torch.float64)
+        s = s.to("cpu", torch.float64)  # see Schedule.time
         return (self.t_max - s).clamp(0.0, self.t_max), torch.ones_like(s)
 
 
@@ -154,18 +155,19 @@ def require_finite(schedule: "Schedule", start: float, eta: Tensor) -> None:
 
 def check_eta(eta) -> Tensor:
     """eta as a 0-dim tensor; raise ArgumentError unless it is >= 0."""
-    if not isinstance(eta, Tensor):
-        if isinstance(eta, bool) or not isinstance(eta, int | float):
-            raise ArgumentTypeError(f"`eta` must be a number or a 0-dim tensor, got {eta!r}.")
-        eta = torch.tensor(float(eta), dtype=torch.float64)
-    if eta.dim() or (concrete(eta) and not eta.item() >= 0):
-        raise ArgumentError(f"`eta` must be one number >= 0, got {eta.tolist()}: 0 is the ODE, 1 the reverse SDE.")
+    eta = parameter("eta", eta)
+    if concrete(eta) and not eta.item() >= 0:
+        raise ArgumentError(f"`eta` must be >= 0, got {eta.item():g}: 0 is the ODE, 1 the reverse SDE.")
     return eta
 
 
 def check_denoiser(schedule: "Schedule", denoiser) -> None:
     """Raise unless the denoiser is one, for this schedule."""
     check_predictor("denoiser", denoiser)
+    if "eta" in denoiser.params:
+        raise ArgumentError(
+            "the denoiser has a parameter called 'eta', the name of the sampler's noise level: rename it."
+        )
     if not denoiser.schedule.same_as(schedule):
         raise ArgumentError(
             f"`denoiser` was made for {denoiser.schedule!r}, not for {schedule!r}: use its own schedule."

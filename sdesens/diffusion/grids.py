@@ -10,7 +10,8 @@
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.schedule import Schedule
+from sdesens.diffusion.checks import number, whole
+from sdesens.diffusion.schedule import Schedule, check_schedule
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
 from sdesens.tensors import describe
 
@@ -39,6 +40,12 @@ def log_snr_grid(
     ------
     GridError
         If the log-SNR is infinite at one of the two.
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP
+    >>> VP().log_snr(log_snr_grid(VP(), 2, t_min=0.1)).diff().diff().abs() < 1e-9
+    tensor([True])
     """
     ends = torch.tensor(_ends(schedule, n_steps, t_min, t_start), dtype=torch.float64)
     with torch.no_grad():
@@ -71,16 +78,15 @@ def edm_grid(
     >>> edm_grid(EDM(), 3)
     tensor([8.0000e+01, 2.5152e+00, 2.0000e-03, 0.0000e+00], dtype=torch.float64)
     """
-    check_count(n_steps)
-    if n_steps < 2:
-        raise ArgumentError(f"`n_steps` must be at least 2 for this grid, got {n_steps}: its last step goes to 0.")
+    check_schedule("schedule", schedule)
+    whole("n_steps", n_steps, 2, hint="the last step of this grid goes to 0")
     with torch.no_grad():
         if r_max is None:
             top = -schedule.log_snr(schedule.t_max) / 2
             r_max = top.exp().item() if top.item() < 10 else 80.0
         if not (0 < r_min < r_max and rho > 0):
             raise ArgumentError(
-                f"`r_min`, `r_max` and `rho` must satisfy 0 < r_min < r_max and rho > 0, got {r_min!r}, {r_max!r}, {rho!r}."
+                f"`r_min`, `r_max` and `rho` must satisfy 0 < r_min < r_max and rho > 0, got {r_min!r}, {r_max!r}, {rho!r}: 0.002, 80 and 7 are usual."
             )
         i = torch.linspace(0, 1, n_steps, dtype=torch.float64)
         r = (r_max ** (1 / rho) + i * (r_min ** (1 / rho) - r_max ** (1 / rho))) ** rho
@@ -94,9 +100,13 @@ def edm_grid(
 
 def check_grid(schedule: Schedule, grid) -> Tensor:
     """The grid as a float64 tensor (N + 1,); raise GridError unless it falls within [0, t_max]."""
-    grid = schedule.time(grid).detach().cpu()
+    grid = schedule.time(grid).cpu()
+    if grid.requires_grad:
+        raise ArgumentTypeError("`grid` requires a gradient, and would get none: use grid.detach().")
     if grid.dim() != 1 or grid.numel() < 2:
-        raise ShapeError(f"`grid` must hold at least two times, shape (N + 1,), got {describe(grid)}.")
+        raise ShapeError(
+            f"`grid` must hold at least two times, shape (N + 1,), got {describe(grid)}: uniform_grid(schedule, N) makes one."
+        )
     if not bool((grid.diff() < 0).all()):
         i = int((~(grid.diff() < 0)).nonzero()[0])
         raise GridError(
@@ -105,18 +115,13 @@ def check_grid(schedule: Schedule, grid) -> Tensor:
     return grid
 
 
-def check_count(n_steps) -> None:
-    """Raise unless this is a number of steps."""
-    if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
-        raise ArgumentTypeError(f"`n_steps` must be a positive int, got {n_steps!r}.")
-
-
 def _ends(schedule: Schedule, n_steps, t_min, t_start) -> tuple[float, float]:
-    check_count(n_steps)
-    start = schedule.t_max if t_start is None else float(t_start)
-    end = 1e-3 * schedule.t_max if t_min is None else float(t_min)
+    whole("n_steps", n_steps, hint="it is a number of steps")
+    check_schedule("schedule", schedule)
+    start = schedule.t_max if t_start is None else number("t_start", t_start, hint="it is a time")
+    end = 1e-3 * schedule.t_max if t_min is None else number("t_min", t_min, hint="it is a time")
     if not 0 <= end < start <= schedule.t_max:
         raise GridError(
-            f"`t_min` and `t_start` must satisfy 0 <= t_min < t_start <= {schedule.t_max:g}, got {end!r} and {start!r}."
+            f"`t_min` and `t_start` must satisfy 0 <= t_min < t_start <= {schedule.t_max:g}, got {end!r} and {start!r}: t_max = {schedule.t_max:g} is the noise."
         )
     return start, end

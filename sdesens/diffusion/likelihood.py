@@ -14,33 +14,28 @@ The solver is torchdiffeq's; its accepted steps are differentiated.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from sdesens.diffusion.dequantise import check_int, check_rows, item_normals
-from sdesens.diffusion.predict import Denoiser, Predictor, check_predictor
-from sdesens.errors import (
-    ArgumentError,
-    DetachedError,
-    DtypeError,
-    GridError,
-    MethodError,
-    NonFiniteError,
-    NotAFunctionError,
-)
+from sdesens.diffusion.attached import check_derivative, check_networks
+from sdesens.diffusion.checks import number, whole
+from sdesens.diffusion.draws import check_items, first_time, item_normals
+from sdesens.diffusion.predict import Predictor, check_predictor
+from sdesens.diffusion.schedule import Schedule
+from sdesens.diffusion.streams import PROBES
+from sdesens.diffusion.values import like
+from sdesens.errors import ArgumentError, MethodError, NonFiniteError
 
-T_MIN = 1e-5  # of t_max
-EXACT_UP_TO, PROBES = 64, 8
+EXACT_UP_TO, N_PROBES = 64, 8
 FIRST_STEP = 1e-3  # of the time span; a constant, for gradients would flow through a step that torchdiffeq chooses
-PROBE_STREAM = 0x7FFFFF01  # away from any stream that samplers and losses use
 ADAPTIVE = ("dopri5", "dopri8", "bosh3")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LogProb:
     """What `log_prob` found.
 
@@ -62,6 +57,10 @@ class LogProb:
     x_T: Tensor
     evaluations: int
 
+    def __repr__(self) -> str:
+        mean, n = float(self.log_prob.detach().mean()), len(self.log_prob)
+        return f"LogProb({n} rows, mean {mean:.6g} nats, {self.evaluations} evaluations)"
+
 
 def log_prob(
     denoiser: Predictor,
@@ -73,7 +72,7 @@ def log_prob(
     probes: int | None = None,
     exact_up_to: int = EXACT_UP_TO,
     seed: int = 0,
-    first: int = 0,
+    first_item: int = 0,
     method: str = "dopri5",
     vectorise: bool = True,
     max_evaluations: int = 10_000,
@@ -91,9 +90,9 @@ def log_prob(
         For x and for the log-determinant, of the row with the largest error: all rows share its steps. So a row's value
         differs from batch to batch, within the tolerance. A float32 network is good for 1e-6.
     probes : int, optional
-        Directions of an estimated divergence, equation (2): signs, those of row i a function of (seed, first + i) alone.
+        Directions of an estimated divergence, equation (2): signs, those of row i a function of (seed, first_item + i) alone.
         Left out, the divergence is exact in up to `exact_up_to` dimensions, and has 8 probes beyond.
-    exact_up_to, seed, first : int
+    exact_up_to, seed, first_item : int
     method : {"dopri5", "dopri8", "bosh3"}
     vectorise : bool
         Whether all directions go backwards at once, which is faster for few rows. False: one after the other, for little
@@ -113,8 +112,10 @@ def log_prob(
         If x or the velocity is infinite or NaN.
     DetachedError, NotAFunctionError
         If a network is cut off from x (no_grad, detach), is random or mixes rows (dropout, batch norm in training).
-    ArgumentError
-        For tolerances that cannot be met and other bad arguments; GridError for t_min.
+    ArgumentError, ArgumentTypeError
+        For tolerances that cannot be met and other bad arguments; GridError for t_min, ShapeError and DtypeError for x.
+    MethodError
+        If torch cannot take all directions backwards at once.
 
     Example
     -------
@@ -123,15 +124,17 @@ def log_prob(
     >>> log_prob(normal, torch.zeros(1, 2)).log_prob  # -log 2 pi
     tensor([-1.8379], dtype=torch.float64)
     """
-    span = _check(denoiser, x, t_min)
-    _check_solver(rtol, atol, method, max_evaluations)
+    _check(denoiser, x, rtol, atol, exact_up_to, method, max_evaluations)
+    span = first_time(denoiser.schedule, t_min, allow_zero=False), denoiser.schedule.t_max
     d, exact = x[0].numel(), probes is None and x[0].numel() <= exact_up_to
     recording = torch.is_grad_enabled()
     with torch.inference_mode(False):  # this turns recording on
-        _check_networks(denoiser, x)
+        check_networks(denoiser, x)
+        check_derivative(denoiser, x)
         keep = recording and _wants_gradient(denoiser, x)
-        directions = _basis(x) if exact else _signs(x, PROBES if probes is None else probes, seed, first)
-        flow = _Flow(denoiser, x, directions, exact, keep, vectorise, max_evaluations)
+        directions = _basis(x) if exact else _signs(x, N_PROBES if probes is None else probes, seed, first_item)
+        clock, span = _clock(denoiser.schedule, *span)
+        flow = _Flow(denoiser, clock, x, directions, exact, keep, vectorise, max_evaluations)
         with torch.set_grad_enabled(keep):
             start = torch.zeros(len(x), 1 if exact else len(directions), dtype=torch.float64, device=x.device)
             state = torch.cat((x.flatten(1).to(torch.float64), start), 1)
@@ -147,6 +150,7 @@ class _Flow:
     """Right-hand side of (1) for states (B, d + K), x and K log-determinants."""
 
     denoiser: Predictor
+    clock: Callable[[Tensor], tuple[Tensor, Tensor]]  # t, and its speed
     x: Tensor  # of the shape and dtype that the network knows
     directions: Tensor  # (K, B or 1, *event)
     exact: bool
@@ -156,9 +160,10 @@ class _Flow:
     evaluations: int = 0
 
     def __call__(self, t: Tensor, state: Tensor) -> Tensor:
+        t, speed = self.clock(t.cpu())  # a device is asked for the time once
         if self.evaluations >= self.limit:
             raise ArgumentError(
-                f"`max_evaluations` = {self.limit} are used up at t = {float(t):.3g}: raise it, or `rtol` and `atol`. A network with jumps, or in "
+                f"`max_evaluations` = {self.limit} are used up at t = {t.item():.3g}: raise it, or `rtol` and `atol`. A network with jumps, or in "
                 "float32 with tolerances below 1e-6, needs many."
             )
         self.evaluations += 1
@@ -166,12 +171,12 @@ class _Flow:
             rows = state[:, : self.x[0].numel()]
             rows = rows if self.keep and rows.requires_grad else rows.detach().requires_grad_()
             x = rows.reshape(self.x.shape).to(self.x.dtype)
-            u = self.denoiser.velocity(x, t)
+            u = self.denoiser.velocity(x, t) * like(speed, x)
             traces = (self.directions * self._pull(u, x)).to(torch.float64).flatten(2).sum(2)
             traces = traces.sum(0, keepdim=True) if self.exact else traces
             out = torch.cat((u.flatten(1).to(torch.float64), traces.T), 1)
-        what = f"the velocity or its divergence is not finite at t = {float(t):.6g}"
-        _check_finite(out, what, "look at the network there, or raise `t_min`", float(t))
+        what = f"the velocity or its divergence is not finite at t = {t.item():.6g}"
+        _check_finite(out, what, "look at the network there, or raise `t_min`", t.item())
         return out if self.keep else out.detach()
 
     def _pull(self, u: Tensor, x: Tensor) -> Tensor:
@@ -188,6 +193,19 @@ class _Flow:
                 f"{len(v)} directions could not go backwards through the network at once: use vectorise=False, or fewer `probes`. torch "
                 f"says: {error}"
             ) from error
+
+
+def _clock(schedule: Schedule, t_min: float, t_max: float) -> tuple[Callable, tuple[float, float]]:
+    """The solver's time: t, or log-SNR on (0, 1) where rates jump. There the velocity jumps in t, but not in log-SNR."""
+    if schedule.smooth:
+        return lambda t: (t, torch.ones_like(t)), (t_min, t_max)
+    high, low = schedule.log_snr(t_min), schedule.log_snr(t_max)
+
+    def clock(s: Tensor) -> tuple[Tensor, Tensor]:
+        t = schedule.t_of_log_snr(high + s * (low - high))
+        return t, (low - high) / schedule.log_snr_rate(t)
+
+    return clock, (0.0, 1.0)
 
 
 def _solve(flow: _Flow, state: Tensor, span: tuple[float, float], rtol: float, atol: float, method: str) -> Tensor:
@@ -217,10 +235,10 @@ def _standard_error(dets: Tensor) -> Tensor:
     return dets.std(1) / math.sqrt(K) if K > 1 else torch.full_like(dets[:, 0], math.nan)
 
 
-def _signs(x: Tensor, probes: int, seed: int, first: int) -> Tensor:
+def _signs(x: Tensor, probes: int, seed: int, first_item: int) -> Tensor:
     """(K, B, *event)."""
-    check_int("probes", probes, 1, "leave it out for the exact divergence in up to `exact_up_to` dimensions")
-    return torch.where(item_normals(x, probes, seed, first, PROBE_STREAM) > 0, 1.0, -1.0).to(x.dtype)
+    whole("probes", probes, hint="leave it out for the exact divergence in up to `exact_up_to` dimensions")
+    return torch.where(item_normals(x, probes, seed, first_item, PROBES) > 0, 1.0, -1.0).to(x.dtype)
 
 
 def _basis(x: Tensor) -> Tensor:
@@ -229,58 +247,10 @@ def _basis(x: Tensor) -> Tensor:
     return torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
 
 
-def _networks(predictor: Predictor) -> Iterator[Denoiser]:
-    """The networks in a predictor, inside wrappers too."""
-    if isinstance(predictor, Denoiser):
-        yield predictor
-    for name in ("inner", "conditional", "unconditional"):
-        branch = getattr(predictor, name, None)
-        if isinstance(branch, Predictor):
-            yield from _networks(branch)
-
-
 def _wants_gradient(denoiser: Predictor, x: Tensor) -> bool:
     """Whether anything requires a gradient."""
     with torch.enable_grad():
         return x.requires_grad or denoiser.velocity(x.detach().clone(), denoiser.schedule.t_max / 2).requires_grad
-
-
-def _check_networks(denoiser: Predictor, x: Tensor) -> None:
-    """Raise unless every network is a differentiable function of its row alone."""
-    t, x = denoiser.schedule.t_max / 2, x.detach().clone()
-    others_moved = torch.cat((x[:1], x[1:] + 1))
-    for network in _networks(denoiser):
-        with torch.enable_grad():
-            here = x.clone().requires_grad_()
-            out = network.raw(here, t)
-            if not out.requires_grad or torch.autograd.grad(out.sum(), here, allow_unused=True)[0] is None:
-                raise DetachedError(
-                    "the network's result is cut off from x, and its part of the divergence would be missing: take torch.no_grad(), "
-                    "inference_mode or detach() out of it."
-                )
-            again = network.raw(others_moved, t)
-        close = 100 * torch.finfo(x.dtype).eps * (1 + out[0].abs().max())
-        if bool(((again[0] - out[0]).abs() > close).any()):
-            raise NotAFunctionError(
-                "the network gives one row two values, so it is random, or depends on the other rows: net.eval() turns off dropout and "
-                "batch statistics."
-            )
-
-
-def _check(denoiser, x, t_min) -> tuple[float, float]:
-    """The time span; raise unless the rest is fit for use."""
-    check_predictor("denoiser", denoiser)
-    check_rows(x)
-    if not x.is_floating_point():
-        raise DtypeError(f"`x` must be floating, got {x.dtype}: data on a grid have no density, see `dequantise`.")
-    _check_finite(x, "`x` holds infinite or NaN values", "remove them")
-    t_max = denoiser.schedule.t_max
-    t_min = T_MIN * t_max if t_min is None else t_min
-    if isinstance(t_min, bool) or not isinstance(t_min, int | float) or not 0 < t_min < t_max:
-        raise GridError(
-            f"`t_min` must lie strictly between 0 and t_max = {t_max:g}, got {t_min!r}: at 0 there is no score, {T_MIN * t_max:g} is usual."
-        )
-    return float(t_min), t_max
 
 
 def _check_finite(values: Tensor, what: str, remedy: str, time: float | None = None) -> None:
@@ -290,9 +260,13 @@ def _check_finite(values: Tensor, what: str, remedy: str, time: float | None = N
         raise NonFiniteError(message, paths=tuple(bad[:5]), n_bad=len(bad), time=time)
 
 
-def _check_solver(rtol, atol, method, max_evaluations) -> None:
-    for name, value in (("rtol", rtol), ("atol", atol), ("max_evaluations", max_evaluations)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ArgumentError(f"`{name}` must be a positive number, got {value!r}: leave it out for the usual one.")
+def _check(denoiser, x, rtol, atol, exact_up_to, method, max_evaluations) -> None:
+    check_predictor("denoiser", denoiser)
+    check_items("x", x)
+    _check_finite(x, "`x` holds infinite or NaN values", "remove them")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        number(name, value, 0.0, hint="leave it out for the usual one")
+    whole("exact_up_to", exact_up_to, 0)
+    whole("max_evaluations", max_evaluations, hint="leave it out for the usual one")
     if method not in ADAPTIVE:
         raise ArgumentError(f"`method` must be one of {', '.join(ADAPTIVE)}, which choose their steps, got {method!r}.")

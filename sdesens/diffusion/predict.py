@@ -11,14 +11,14 @@ so that F = a x_0 + b eps with a = (1 - c_skip)/c_out and b = -c_skip r/c_out. W
 Reference: T. Karras et al., 2206.00364.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from sdesens.diffusion.checks import number
 from sdesens.diffusion.conversions import (
     NEEDS_SIGNAL,
     SILENT,
@@ -28,12 +28,12 @@ from sdesens.diffusion.conversions import (
     combine,
     split,
 )
-from sdesens.diffusion.schedule import Schedule
-from sdesens.diffusion.values import like, one_number, rebound
-from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
+from sdesens.diffusion.schedule import Schedule, check_schedule
+from sdesens.diffusion.values import like, rebound, shown
+from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, NotAFunctionError, ShapeError
 from sdesens.modules import Lent
 from sdesens.sde import Params, check_parameter
-from sdesens.tensors import describe
+from sdesens.tensors import concrete, describe
 
 NET = "net."
 
@@ -92,7 +92,7 @@ def check_predictor(name: str, value) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Denoiser(Predictor):
     """A network together with what it predicts.
 
@@ -139,44 +139,59 @@ class Denoiser(Predictor):
     def __post_init__(self):
         if not callable(self.net):
             raise ArgumentTypeError(f"`net` must be a module or a function of (x, t), got {self.net!r:.60}.")
-        if not isinstance(self.schedule, Schedule):
-            raise ArgumentTypeError(f"`schedule` must be a Schedule such as VP(), got {self.schedule!r:.60}.")
+        check_schedule("schedule", self.schedule)
         if (self.prediction is None) == (self.sigma_data is None):
             raise ArgumentError(
                 "give `prediction`, what the network returns, or `sigma_data` for a preconditioned one."
             )
         if self.prediction is not None:
             check_prediction(self.prediction)
-        elif self.sigma_data is not None and not 0 < one_number("sigma_data", self.sigma_data) < math.inf:
-            raise ArgumentError(
-                f"`sigma_data` must be positive, got {self.sigma_data!r}: it is the data's standard deviation."
-            )
+        else:
+            number("sigma_data", self.sigma_data, 0.0, hint="it is the data's standard deviation")
         if self.schedule.zero_terminal_snr and not self._tells_x0_at_the_end():
             raise ArgumentError(
                 f"{self.schedule!r} has no signal left at t = {self.schedule.t_max:g}, so that {self.prediction or 'a preconditioned net'!r} says "
                 "nothing about x0 there: predict 'v' or 'x0' (or 'velocity' with CondOT), or end the schedule sooner (CondOT(end=0.999), "
                 "Cosine(min_log_snr=-20))."
             )
-        if not isinstance(self.net, nn.Module):
-            for name, value in self.parameters.items():
-                check_parameter(name, value)
-        elif not self.parameters:
-            object.__setattr__(self, "parameters", dict(self.net.named_parameters()))
-        if clash := self.schedule.params.keys() & {NET + k for k in self.parameters}:
+        if not isinstance(self.parameters, Mapping):
+            raise ArgumentTypeError(f"`parameters` must map names to tensors, got {self.parameters!r:.60}: use a dict.")
+        if isinstance(self.net, nn.Module) and self.parameters:
+            raise ArgumentError("`parameters` are for a network that is a function: a module brings its own.")
+        for name, value in self.parameters.items():
+            check_parameter(name, value)
+        for name in ("cond", "null"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), Tensor):
+                raise ArgumentTypeError(
+                    f"`{name}` must be a tensor, got {getattr(self, name)!r:.60}: use torch.tensor(...)."
+                )
+        if clash := self.schedule.params.keys() & {NET + k for k in self.weights}:
             raise ArgumentError(
                 f"schedule and network both have parameters called {sorted(clash)}: rename the schedule's."
             )
 
     @property
+    def weights(self) -> dict[str, Tensor]:
+        """The network's parameters by its own names: a module's as they are now, unless others are lent to it."""
+        own = dict(self.net.named_parameters()) if isinstance(self.net, nn.Module) else {}
+        return {**own, **self.parameters}
+
+    @property
     def params(self):
-        return {**self.schedule.params, **{NET + k: v for k, v in self.parameters.items()}}
+        return {**self.schedule.params, **{NET + k: v for k, v in self.weights.items()}}
 
     def with_params(self, p):
         schedule = self.schedule.with_params(p)
-        found = {k: p[NET + k] for k, v in self.parameters.items() if NET + k in p and p[NET + k] is not v}
+        found = {k: p[NET + k] for k, v in self.weights.items() if NET + k in p and p[NET + k] is not v}
         if schedule is self.schedule and not found:
             return self
         return rebound(self, schedule=schedule, parameters={**self.parameters, **found})
+
+    def __repr__(self) -> str:
+        what = repr(self.prediction) if self.sigma_data is None else f"sigma_data={shown(self.sigma_data)}"
+        size = sum(v.numel() for v in self.weights.values())
+        name = getattr(self.net, "__name__", type(self.net).__name__)
+        return f"Denoiser({name} of {size} parameters, {self.schedule!r}, {what})"
 
     def _tells_x0_at_the_end(self) -> bool:
         """Whether x_0 can be told from the prediction at t_max, where alpha = 0: D is b alpha - a sigma = -a sigma."""
@@ -188,14 +203,13 @@ class Denoiser(Predictor):
 
     def given(self, cond: Tensor) -> "Denoiser":
         """The same denoiser under a condition: shape (B, ...), or () for one that all rows share."""
-        return replace(self, cond=torch.as_tensor(cond))
+        return rebound(self, cond=torch.as_tensor(cond))
 
     def raw(self, x: Tensor, t) -> Tensor:
         """What the network returns, (B, *event): `prediction`, or F of equation (1)."""
         t = self.schedule.time(t)
         if self.sigma_data is not None:
-            alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-            r = sigma / alpha
+            alpha, r = self.schedule.alpha(t), self.schedule.ratio(t)
             return self._call(x * like(1 / (alpha * torch.sqrt(r**2 + self.sigma_data**2)), x), torch.log(r) / 4)
         return self._call(x, t)
 
@@ -205,7 +219,7 @@ class Denoiser(Predictor):
         if self.sigma_data is None:
             assert self.prediction is not None  # one of the two is given
             return combination(self.prediction, self.schedule, t)
-        r, sd = self.schedule.sigma(t) / self.schedule.alpha(t), self.sigma_data
+        r, sd = self.schedule.ratio(t), self.sigma_data
         c_skip, c_out = sd**2 / (r**2 + sd**2), r * sd / torch.sqrt(r**2 + sd**2)
         return (r**2 / (r**2 + sd**2)) / c_out, -c_skip * r / c_out
 
@@ -216,19 +230,39 @@ class Denoiser(Predictor):
     def _call(self, x: Tensor, t: Tensor) -> Tensor:
         like(t, x)  # one time for all rows, or one each
         wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 would move t by 2e-3
-        args = [x, t.to(x.device, wide).expand(len(x))]
+        args = [x, t.to(x.device, wide).expand(len(x)).clone()]
         if self.cond is not None:
-            args.append(self._rows(self.cond, len(x)))
-        if isinstance(self.net, nn.Module):
-            out = Lent(self.net, tuple(self.parameters))(self.parameters, *args)
-        else:
-            out = self.net(*args, self.parameters) if self.parameters else self.net(*args)
-        if not isinstance(out, Tensor) or out.shape != x.shape:
+            args.append(self._rows(self.cond.to(x.device), len(x)))
+        elif self.null is not None:
+            raise ArgumentError(
+                "the denoiser has `null` but no condition: use denoiser.given(cond), or guide(denoiser, scale, cond)."
+            )
+        before = _writes(args)
+        try:
+            out = self._answer(args)
+        except RuntimeError as error:
+            weights = {v.dtype for v in self.weights.values()} - {x.dtype}
+            if not weights or torch.is_autocast_enabled(x.device.type):
+                raise
+            raise DtypeError(
+                f"`net` failed on states in {x.dtype}, and its weights are {', '.join(map(str, weights))}: give both one dtype, "
+                f"net.to(...) or x.to(...), or use torch.autocast. torch says: {error}"
+            ) from error
+        if _writes(args) != before:
+            raise NotAFunctionError(
+                "`net` writes into its input, x or the condition: use inplace=False, or work on a copy."
+            )
+        if not isinstance(out, Tensor) or out.shape != x.shape or out.is_complex():
             raise ShapeError(
-                f"`net` must return a tensor of the shape of x, {tuple(x.shape)}, got {describe(out)}: one value an entry, no learned "
-                "variance beside it."
+                f"`net` must return a real tensor of the shape of x, {tuple(x.shape)}, got {describe(out)}: one value an entry, no "
+                "learned variance beside it."
             )
         return out.to(x.dtype)
+
+    def _answer(self, args: list[Tensor]):
+        if isinstance(self.net, nn.Module):
+            return Lent(self.net, tuple(self.parameters))(self.parameters, *args)
+        return self.net(*args, self.parameters) if self.parameters else self.net(*args)
 
     @staticmethod
     def _rows(cond: Tensor, n: int) -> Tensor:
@@ -237,3 +271,8 @@ class Denoiser(Predictor):
                 f"`cond` has {len(cond)} rows for a batch of {n}: give one a row, or a 0-dim tensor that all rows share."
             )
         return cond if cond.dim() else cond.expand(n)
+
+
+def _writes(args: list[Tensor]) -> list[int]:
+    """How often each was written into, as far as torch counts it."""
+    return [a._version if concrete(a) and not a.is_inference() else 0 for a in args]

@@ -1,6 +1,6 @@
 """Schedules that keep the variance, alpha^2 + sigma^2 = 1, or nearly; equations (1)-(3) of `schedule.py`.
 
-They are one function B:
+Those that do are one function B:
 
     alpha = exp(-B/2),   sigma^2 = 1 - exp(-B),   f = -B'/2,   g^2 = B',   lambda = -log(exp(B) - 1).            (1)
 
@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from sdesens.diffusion.checks import number
 from sdesens.diffusion.schedule import Schedule
-from sdesens.diffusion.values import double, require_increasing, require_number, root
-from sdesens.errors import ArgumentError
+from sdesens.diffusion.values import double, require_increasing, root
 
 HALF_PI = math.pi / 2
 TINY = 1e-300  # so that 0 / 0 is 0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VariancePreserving(Schedule):
-    """alpha^2 + sigma^2 = 1, equation (1), by B, its derivative and its inverse."""
+class ByRate(Schedule):
+    """Equation (1), by B, its derivative and its inverse."""
 
     @abstractmethod
     def B(self, t: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class VariancePreserving(Schedule):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VP(VariancePreserving):
+class VP(ByRate):
     """Variance preserving with a linear rate beta, that of DDPM in continuous time.
 
     Parameters
@@ -108,7 +108,13 @@ class VP(VariancePreserving):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SubVP(VP):
-    """VP with less noise on the way, sigma = 1 - e^-B. Parameters as of VP."""
+    """VP with less noise on the way, sigma = 1 - e^-B. Parameters as of VP.
+
+    Example
+    -------
+    >>> bool(SubVP().sigma(0.2) < VP().sigma(0.2))
+    True
+    """
 
     def _sigma(self, t):
         return -torch.expm1(-self.B(t))
@@ -129,7 +135,7 @@ class SubVP(VP):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Cosine(VariancePreserving):
+class Cosine(Schedule):
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2).
 
     Parameters
@@ -148,22 +154,12 @@ class Cosine(VariancePreserving):
 
     def __post_init__(self):
         super().__post_init__()
-        require_number("min_log_snr", self.min_log_snr)
-        if not self.min_log_snr < 0:
-            raise ArgumentError(f"`min_log_snr` must be negative, got {self.min_log_snr!r}: -20 leaves pure noise.")
+        if self.min_log_snr != -math.inf:
+            number("min_log_snr", self.min_log_snr, -math.inf, 0.0, hint="-20 leaves pure noise")
 
     @property
     def t_max(self):
         return math.atan(math.exp(-self.min_log_snr / 2)) / HALF_PI if self.min_log_snr > -700 else 1.0
-
-    def B(self, t):
-        return -2 * torch.log(self._alpha(t))
-
-    def beta(self, t):
-        return math.pi * torch.tan(HALF_PI * t)
-
-    def t_of_B(self, B):
-        return torch.acos(torch.exp(-B / 2)) / HALF_PI
 
     def _alpha(self, t):
         return torch.cos(HALF_PI * t)
@@ -176,6 +172,12 @@ class Cosine(VariancePreserving):
 
     def _t_of_log_snr(self, log_snr):
         return torch.atan(torch.exp(-log_snr / 2)) / HALF_PI
+
+    def _f(self, t):
+        return -HALF_PI * torch.tan(HALF_PI * t)
+
+    def _g2(self, t):
+        return math.pi * torch.tan(HALF_PI * t)
 
     def _rates(self, t):
         return -HALF_PI * self._sigma(t), HALF_PI * self._alpha(t)

@@ -4,28 +4,21 @@ Each is one step (`steps.py`; Euler-Maruyama is the core's), folded over the gri
 parameters, their options, the start and the noise: differentiable, and nothing is clipped. Hidden `no_grad` there is none: put
 the call under torch.no_grad() to sample only. For derivatives of expectations with error bars, `sampler_problem`.
 
-Noise is an argument. Row i has the noise of path `first + i` of the source, whatever the batch; step k of the source is used
+Noise is an argument. Row i has the noise of path `first_path + i` of the source, whatever the batch; step k of the source is used
 from grid[k-1] to grid[k], and its step 0 is the starting noise (`prior`).
 """
-
-from collections.abc import Callable
-from secrets import randbits
 
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.chain import sampler_sde
-from sdesens.diffusion.predict import Predictor
-from sdesens.diffusion.schedule import Schedule
-from sdesens.diffusion.steps import Step, ddim_step, dpmpp_2m_step, heun_step
+from sdesens.diffusion.checks import number, shape_of, whole
+from sdesens.diffusion.grids import check_grid
+from sdesens.diffusion.predict import Predictor, check_predictor
+from sdesens.diffusion.schedule import Schedule, check_schedule
+from sdesens.diffusion.steps import ddim_step, dpmpp_2m_step, heun_step
 from sdesens.diffusion.values import like
-from sdesens.errors import ArgumentError, ArgumentTypeError, NonFiniteError, ShapeError
-from sdesens.integrate import scheme
-from sdesens.noise import Noise, Philox, settle
-from sdesens.problem import check_state
-from sdesens.tensors import concrete, describe
-
-Callback = Callable[[int, Tensor], None]
+from sdesens.diffusion.walk import Callback, fresh_source, walk
+from sdesens.noise import Noise
 
 
 def prior(
@@ -35,7 +28,7 @@ def prior(
     *,
     seed: int | None = None,
     noise: Noise | None = None,
-    first: int = 0,
+    first_path: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor:
@@ -46,10 +39,12 @@ def prior(
     n : int
     event : tuple of int
         Shape of one sample.
-    seed, noise
+    seed, noise : int or Noise
         Give one: the source of the sampler that goes on from here. A fresh seed if both are left out.
-    first : int
+    first_path : int
         Index of the first row's path.
+    dtype, device
+        Of the result; float32, as networks are.
 
     Example
     -------
@@ -57,14 +52,24 @@ def prior(
     >>> prior(VP(), 4, (3,), seed=1).shape
     torch.Size([4, 3])
     """
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ArgumentTypeError(f"`n` must be a positive int, got {n!r}.")
-    dim = torch.Size(event).numel()
-    z = _source(seed, noise).normals(first, n, 0, 1, dim, dtype=dtype, device=torch.device(device))
-    return z[0].reshape(n, *event) * like(schedule.prior_std, z)
+    check_schedule("schedule", schedule)
+    event, source = shape_of("event", event), fresh_source(seed, noise)
+    n, dim = whole("n", n, hint="it is a number of samples"), torch.Size(event).numel()
+    z = source.normals(first_path, n, 0, 1, dim, dtype=dtype, device=torch.device(device))[0]
+    return z.reshape(n, *event) * like(schedule.prior_std, z)
 
 
-def ddim(denoiser: Predictor, x: Tensor, grid, *, eta: float | Tensor = 0.0, **how) -> Tensor:
+def ddim(
+    denoiser: Predictor,
+    x: Tensor,
+    grid,
+    *,
+    eta: float | Tensor = 0.0,
+    seed: int | None = None,
+    noise: Noise | Tensor | None = None,
+    first_path: int = 0,
+    callback: Callback | None = None,
+) -> Tensor:
     """DDIM, from eta = 0, deterministic, to eta = 1, ancestral sampling: equation (1) of `steps.py`. Order 1.
 
     Parameters
@@ -75,8 +80,8 @@ def ddim(denoiser: Predictor, x: Tensor, grid, *, eta: float | Tensor = 0.0, **h
     grid : Tensor or sequence, shape (N + 1,)
         Falling times (`grids.py`); it may end at 0.
     eta : number or 0-dim Tensor in [0, 1]
-    **how
-        As of `walk`: seed, noise, first, callback.
+    seed, noise, first_path, callback
+        As of `walk`.
 
     Returns
     -------
@@ -91,25 +96,94 @@ def ddim(denoiser: Predictor, x: Tensor, grid, *, eta: float | Tensor = 0.0, **h
     >>> bool((ddim(denoiser, x, uniform_grid(VP(), 500, t_min=0.0)) - x).abs().max() < 0.01)
     True
     """
-    if not isinstance(eta, Tensor) and eta == 0:
-        how = quiet(x, grid, how)
-    return walk(denoiser, x, grid, ddim_step, options={"eta": eta}, **how)
+    return walk(
+        denoiser,
+        x,
+        grid,
+        ddim_step,
+        {"eta": eta},
+        _draws(eta),
+        seed=seed,
+        noise=noise,
+        first_path=first_path,
+        callback=callback,
+    )
 
 
-def ancestral(denoiser: Predictor, x: Tensor, grid, **how) -> Tensor:
-    """Ancestral sampling of DDPM (J. Ho et al., 2006.11239), x_u ~ q(x_u | x_t, x_0 estimate): `ddim` with eta = 1."""
-    return walk(denoiser, x, grid, ddim_step, options={"eta": 1.0}, **how)
+def ancestral(
+    denoiser: Predictor,
+    x: Tensor,
+    grid,
+    *,
+    seed: int | None = None,
+    noise: Noise | Tensor | None = None,
+    first_path: int = 0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Ancestral sampling of DDPM (J. Ho et al., 2006.11239), x_u ~ q(x_u | x_t, x_0 estimate): `ddim` with eta = 1.
 
-
-def euler_maruyama(denoiser: Predictor, x: Tensor, grid, *, eta: float | Tensor = 1.0, **how) -> Tensor:
-    """The core's Euler-Maruyama on `as_sde(denoiser, eta, reverse=True)`. Weak order 1. The grid must end above t = 0 or in a step to it.
-
-    eta = 0 is Euler's method for the probability-flow ODE, 1 the reverse SDE; more is allowed. Other arguments as of `ddim`.
+    Example
+    -------
+    >>> from sdesens.diffusion import VP, GaussianMixture, uniform_grid
+    >>> ring = GaussianMixture.ring().denoiser(VP())
+    >>> x = ancestral(ring, prior(VP(), 4, (2,), seed=1), uniform_grid(VP(), 100), seed=1)
+    >>> bool(((x.norm(dim=1) - 2).abs() < 1).all())
+    True
     """
-    return walk(denoiser, x, grid, None, options={"eta": eta}, **how)
+    options = {"eta": 1.0}
+    return walk(denoiser, x, grid, ddim_step, options, seed=seed, noise=noise, first_path=first_path, callback=callback)
 
 
-def heun(denoiser: Predictor, x: Tensor, grid, *, churn: float = 0.0, noise_scale: float = 1.0, **how) -> Tensor:
+def euler_maruyama(
+    denoiser: Predictor,
+    x: Tensor,
+    grid,
+    *,
+    eta: float | Tensor = 1.0,
+    seed: int | None = None,
+    noise: Noise | Tensor | None = None,
+    first_path: int = 0,
+    callback: Callback | None = None,
+) -> Tensor:
+    """The core's Euler-Maruyama on `as_sde(denoiser, eta, reverse=True)`. Weak order 1.
+
+    eta = 0 is Euler's method for the probability-flow ODE, 1 the reverse SDE; more is allowed. With noise, some signal must be left
+    at grid[0]. Other arguments as of `ddim`.
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP, GaussianMixture, uniform_grid
+    >>> ring = GaussianMixture.ring().denoiser(VP())
+    >>> x = euler_maruyama(ring, prior(VP(), 4, (2,), seed=1), uniform_grid(VP(), 100), seed=1)
+    >>> x.shape
+    torch.Size([4, 2])
+    """
+    return walk(
+        denoiser,
+        x,
+        grid,
+        None,
+        {"eta": eta},
+        _draws(eta),
+        seed=seed,
+        noise=noise,
+        first_path=first_path,
+        callback=callback,
+    )
+
+
+def heun(
+    denoiser: Predictor,
+    x: Tensor,
+    grid,
+    *,
+    churn: float = 0.0,
+    noise_scale: float = 1.0,
+    seed: int | None = None,
+    noise: Noise | Tensor | None = None,
+    first_path: int = 0,
+    callback: Callback | None = None,
+) -> Tensor:
     """Heun's method of T. Karras et al. (2206.00364), with churn: equations (2) and (3) of `steps.py`. Order 2.
 
     2N - 1 evaluations for N steps to t = 0, the last of which is Euler's.
@@ -118,112 +192,66 @@ def heun(denoiser: Predictor, x: Tensor, grid, *, churn: float = 0.0, noise_scal
     ----------
     churn : float, >= 0
         Their S_churn: gamma = min(churn / N, sqrt(2) - 1) at every step. 0 is deterministic.
-    noise_scale : float
+    noise_scale : float, >= 0
         Their S_noise.
 
     Other arguments as of `ddim`. The schedule must have some signal at grid[0].
+
+    Example
+    -------
+    >>> from sdesens.diffusion import EDM, GaussianMixture, edm_grid
+    >>> ring = GaussianMixture.ring().denoiser(EDM())
+    >>> x = heun(ring, prior(EDM(), 4, (2,), seed=1), edm_grid(EDM(), 18))
+    >>> bool(((x.norm(dim=1) - 2).abs() < 1).all())
+    True
     """
-    if not (isinstance(churn, int | float) and churn >= 0):
-        raise ArgumentError(f"`churn` must be a number >= 0, got {churn!r}: 0 adds no noise.")
-    options = {}
-    if not churn:
-        how = quiet(x, grid, how)
-    else:
-        options = {"gamma": min(churn / (len(grid) - 1), 2**0.5 - 1), "noise_scale": noise_scale}
-    return walk(denoiser, x, grid, heun_step, options=options, **how)
+    churn = number("churn", churn, 0.0, ends=True, hint="0 adds no noise")
+    noise_scale = number("noise_scale", noise_scale, 0.0, ends=True, hint="1 is usual")
+    check_predictor("denoiser", denoiser)
+    grid = check_grid(denoiser.schedule, grid)
+    gamma = min(churn / (len(grid) - 1), 2**0.5 - 1)
+    options = {"gamma": gamma, "noise_scale": noise_scale} if churn else {}
+    return walk(
+        denoiser,
+        x,
+        grid,
+        heun_step,
+        options,
+        churn > 0,
+        seed=seed,
+        noise=noise,
+        first_path=first_path,
+        callback=callback,
+    )
 
 
-def dpmpp_2m(denoiser: Predictor, x: Tensor, grid, **how) -> Tensor:
-    """DPM-Solver++(2M) of C. Lu et al. (2211.01095): equation (4) of `steps.py`. Order 2, one evaluation a step; best on a log-SNR grid."""
-    return walk(denoiser, x, grid, dpmpp_2m_step, **quiet(x, grid, how))
-
-
-def walk(
+def dpmpp_2m(
     denoiser: Predictor,
     x: Tensor,
     grid,
-    step: Step | None = None,
     *,
-    options: dict | None = None,
     seed: int | None = None,
     noise: Noise | Tensor | None = None,
-    first: int = 0,
+    first_path: int = 0,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Fold a step over a grid: what all samplers are.
+    """DPM-Solver++(2M) of C. Lu et al. (2211.01095): equation (4) of `steps.py`. Order 2, one evaluation a step; best on a log-SNR grid.
 
-    Parameters
-    ----------
-    denoiser, x, grid
-        As of `ddim`.
-    step : callable, optional
-        See `steps.py`; Euler-Maruyama if left out.
-    options : dict, optional
-        Of the step.
-    seed : int, optional
-        Of the Philox noise; a fresh one if `noise` is left out too.
-    noise : Noise, or Tensor of shape (N, B, *event)
-        A source such as Philox(seed), or the standard normals of the N steps.
-    first : int
-        Index of the first row's path.
-    callback : callable (k, x), optional
-        Called with the number of the grid point and the state (B, *event) there, k = 0 ... N.
+    Arguments as of `ddim`; noise is taken, as by the others, and not used.
 
-    Returns
+    Example
     -------
-    Tensor, shape (B, *event)
-
-    Raises
-    ------
-    GridError, ShapeError, ArgumentError, ArgumentTypeError
-    NonFiniteError
-        With the step after which a sample is no longer finite.
+    >>> from sdesens.diffusion import VP, GaussianMixture, log_snr_grid
+    >>> ring = GaussianMixture.ring().denoiser(VP())
+    >>> x = dpmpp_2m(ring, prior(VP(), 4, (2,), seed=1), log_snr_grid(VP(), 20))
+    >>> bool(((x.norm(dim=1) - 2).abs() < 1).all())
+    True
     """
-    check_state("x", x, batched=True)
-    sde = sampler_sde(denoiser, grid, step, event=tuple(x.shape[1:]), **(options or {}))
-    n = len(grid) - 1
-    normals = _normals(noise, seed, first, n, x)
-    remembers = getattr(sde.step, "remembers", False)
-    y = torch.stack((x, torch.zeros_like(x)), 1) if remembers else x
-    one = torch.ones((), dtype=torch.float64, device=x.device)
-    for k in range(1, n + 1):
-        if callback is not None:
-            callback(k - 1, y[:, 0] if remembers else y)
-        z = normals(k)
-        dW = torch.stack((z, torch.zeros_like(z)), 1) if remembers else z
-        y = scheme.step(sde, sde.params, one * k, one, y, dW.flatten(1)).to(x.dtype)
-        if concrete(y) and not bool(torch.isfinite(y.detach()).all()):
-            raise NonFiniteError(
-                f"samples become infinite or NaN in step {k} of {n}: look at the network's output there, or take more steps.",
-                step=k,
-            )
-    x = y[:, 0] if remembers else y
-    if callback is not None:
-        callback(n, x)
-    return x
+    return walk(
+        denoiser, x, grid, dpmpp_2m_step, {}, False, seed=seed, noise=noise, first_path=first_path, callback=callback
+    )
 
 
-def quiet(x: Tensor, grid, how: dict) -> dict:
-    """Arguments of `walk` for a sampler that uses no noise: none is made."""
-    if isinstance(x, Tensor):
-        how = {**how, "seed": None, "noise": torch.zeros((), dtype=torch.float64).expand(len(grid) - 1, *x.shape)}
-    return how
-
-
-def _normals(noise, seed: int | None, first: int, n: int, x: Tensor) -> Callable[[int], Tensor]:
-    """The normals (B, *event) of step k = 1 ... n."""
-    if isinstance(noise, Tensor):
-        if seed is not None:
-            raise ArgumentError("give `seed` or `noise`, not both: the noise is either one.")
-        if noise.shape != (n, *x.shape):
-            raise ShapeError(
-                f"`noise` must hold normals of shape (N, B, *event) = {(n, *x.shape)}, got {describe(noise)}."
-            )
-        return lambda k: noise[k - 1].to(x)
-    source = _source(seed, noise)
-    dim = x[0].numel()
-    return lambda k: source.normals(first, len(x), k, 1, dim, dtype=x.dtype, device=x.device)[0].reshape(x.shape)
-
-
-def _source(seed: int | None, noise: Noise | None) -> Noise:
-    return Philox(randbits(63)) if seed is None and noise is None else settle(seed, noise)
+def _draws(eta) -> bool:
+    """Whether a sampler with this eta uses noise."""
+    return isinstance(eta, Tensor) or eta != 0

@@ -6,7 +6,8 @@
 
 lambda = log(alpha^2 / sigma^2), the log signal-to-noise ratio, is the coordinate that all schedules share; it falls in t.
 (DPM-Solver and k-diffusion call half of it lambda.) (3) is the exact solution of (2): one Brownian path in noise-to-signal
-time. A training draw is its one-time marginal, eps = W(tau_t) / sqrt(tau_t).
+time. A training draw is its one-time marginal, eps = W(tau_t) / sqrt(tau_t). Where sigma_0 > 0 (VE) that path starts at
+x_0 + sigma_0 eps, as (1) has it; an SDE that is started at x_0 has sigma_t^2 less alpha_t^2 sigma_0^2.
 
 (3) must not be differentiated in the schedule with W held fixed: W has no derivative in its time. Differentiate (1), or
 the solution of (2).
@@ -23,11 +24,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from sdesens.diffusion.checks import parameter
 from sdesens.diffusion.summary import Summary, prior_gap, summarise
 from sdesens.diffusion.values import like, reals, rebound, root, same, shown
 from sdesens.errors import ArgumentTypeError, GridError, ShapeError
-from sdesens.noise import Noise
-from sdesens.sde import SDE, Params, check_parameter
+from sdesens.noise import Noise, settle
+from sdesens.problem import check_state
+from sdesens.sde import SDE, Params
 from sdesens.tensors import concrete, describe
 
 if TYPE_CHECKING:
@@ -47,15 +50,11 @@ class Schedule(ABC):
     """
 
     learnable: ClassVar[tuple[str, ...]] = ()
+    smooth: ClassVar[bool] = True  # whether the rates are: if not, smooth solvers had better run in log-SNR
 
     def __post_init__(self):
         for name in self.learnable:
-            value = getattr(self, name)
-            if not isinstance(value, int | float | Tensor) or isinstance(value, bool):
-                raise ArgumentTypeError(f"`{name}` must be a number or a tensor, got {value!r}.")
-            value = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-            check_parameter(name, value)
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, parameter(name, getattr(self, name)))
 
     @property
     def t_max(self) -> float:
@@ -123,6 +122,11 @@ class Schedule(ABC):
         """alpha'_t and sigma'_t, per time."""
         return self._rates(self.time(t))
 
+    def ratio(self, t) -> Tensor:
+        """The noise-to-signal ratio r = sigma_t / alpha_t, sigma in the words of Karras et al."""
+        t = self.time(t)
+        return self._sigma(t) / self._alpha(t)
+
     def log_snr_rate(self, t) -> Tensor:
         """lambda'_t = -g^2 / sigma^2, per time."""
         t = self.time(t)
@@ -147,12 +151,16 @@ class Schedule(ABC):
     def same_as(self, other: "Schedule") -> bool:
         """Whether the other is the same kind of schedule with the same values."""
         return type(self) is type(other) and all(
-            same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)
+            same(vars(self).get(name), vars(other).get(name)) for name in vars(self).keys() | vars(other).keys()
         )
 
     def time(self, t) -> Tensor:
-        """t as a float64 tensor; raise GridError unless 0 <= t <= t_max."""
+        """t as a float64 tensor; raise GridError unless 0 <= t <= t_max.
+
+        One time for all goes to the CPU, where coefficients are cheap and no branch waits for a device.
+        """
         t = reals("t", t)
+        t = t.cpu() if t.dim() == 0 else t
         if not concrete(t) or t.numel() == 0:
             return t
         low, high = (float(x) for x in torch.aminmax(t.detach()))
@@ -188,7 +196,9 @@ class Schedule(ABC):
         t = self.time(t)
         return like(self._alpha(t), x0) * x0 + like(self._sigma(t), x0) * eps.to(x0)
 
-    def sample_path(self, x0: Tensor, ts, noise: Noise, *, first_path: int = 0) -> Tensor:
+    def sample_path(
+        self, x0: Tensor, ts, noise: Noise | None = None, *, seed: int | None = None, first_path: int = 0
+    ) -> Tensor:
         """The forward process at the times ts, exactly: equation (3) on the core's noise.
 
         Parameters
@@ -196,8 +206,8 @@ class Schedule(ABC):
         x0 : Tensor, shape (B, *event)
         ts : sequence of increasing times, or Tensor of shape (T,)
             Within [0, t_max], where some signal is left.
-        noise : Noise
-            Such as Philox(seed); step k is the increment of W up to ts[k].
+        noise, seed : Noise or int
+            Give one, Philox(seed) or the seed; step k is the increment of W up to ts[k].
         first_path : int
             Index of the first row's path: row i has the noise of path first_path + i, whatever the batch.
 
@@ -213,17 +223,16 @@ class Schedule(ABC):
         >>> VP().sample_path(torch.zeros(5, 2), (0.1, 0.5, 1.0), Philox(1)).shape
         torch.Size([3, 5, 2])
         """
-        if not isinstance(noise, Noise):
-            raise ArgumentTypeError(f"`noise` must be a source of noise, got {type(noise).__name__}: use Philox(seed).")
-        ts = self.time(ts)
+        check_state("x0", x0, batched=True)
+        source, ts = settle(seed, noise), self.time(ts)
         if ts.dim() != 1 or not bool((ts.diff() > 0).all()):
-            raise GridError(f"`ts` must increase strictly, shape (T,), got {ts.tolist()}.")
+            raise GridError(f"`ts` must increase strictly, shape (T,), got {ts.tolist()}: sort it and drop repeats.")
         with torch.no_grad():
             tau = torch.exp(-self._log_snr(ts))
         if not bool(torch.isfinite(tau).all()):
             raise GridError("`ts` reaches a time at which no signal is left: there x is sigma eps; stop before it.")
         steps = tau.diff(prepend=tau.new_zeros(1))
-        z = noise.normals(first_path, len(x0), 0, len(ts), x0[0].numel(), dtype=x0.dtype, device=x0.device)
+        z = source.normals(first_path, len(x0), 0, len(ts), x0[0].numel(), dtype=x0.dtype, device=x0.device)
         W = (z * steps.sqrt().to(z)[:, None, None]).cumsum(0).reshape(len(ts), *x0.shape)
         return torch.stack([like(a, x0) * (x0 + w) for a, w in zip(self._alpha(ts).detach(), W, strict=True)])
 
@@ -264,10 +273,7 @@ class Schedule(ABC):
         >>> sdeint(VP().as_sde(), torch.ones(4, 2), (0.0, 1.0), n_steps=100, seed=1).shape
         torch.Size([2, 4, 2])
         """
-        from sdesens.diffusion.equations import (
-            forward_sde,
-            reverse_sde,
-        )  # they know schedules; schedules are made without
+        from sdesens.diffusion.equations import forward_sde, reverse_sde  # made of schedules, which come first
 
         if reverse:
             return reverse_sde(self, denoiser, eta)
@@ -284,3 +290,9 @@ class Schedule(ABC):
     def __repr__(self) -> str:
         text = (f"{f.name}={shown(getattr(self, f.name))}" for f in fields(self))
         return f"{type(self).__name__}({', '.join(text)})"
+
+
+def check_schedule(name: str, value) -> None:
+    """Raise ArgumentTypeError unless this is a schedule."""
+    if not isinstance(value, Schedule):
+        raise ArgumentTypeError(f"`{name}` must be a Schedule such as VP(), got {value!r:.60}.")

@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.chain import check_option
+from sdesens.diffusion.checks import number, parameter, whole
 from sdesens.diffusion.conversions import combination, combine, split
 from sdesens.diffusion.schedule import Schedule
 from sdesens.diffusion.steps import ddim_update
 from sdesens.diffusion.tables import Discrete
-from sdesens.errors import ArgumentError, ShapeError
+from sdesens.diffusion.values import reals
+from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
 from sdesens.noise import Noise, settle
 from sdesens.tensors import concrete, describe
 
@@ -45,9 +46,9 @@ class Stepped(NamedTuple):
     pred_original_sample: Tensor
 
 
-def config_of(schedule: Schedule, n_steps: int, prediction: str) -> Config:
+def config_of(schedule: Schedule, T: int, prediction: str) -> Config:
     """A discrete-time model in the words of diffusers; raise ArgumentError if there are none for it."""
-    discrete = Discrete(schedule, n_steps)
+    discrete = Discrete(schedule, T)
     if not isinstance(prediction, str) or prediction not in THEIRS:
         words = ", ".join(f"{ours!r} ({theirs!r} there)" for ours, theirs in THEIRS.items())
         raise ArgumentError(f"`prediction` must be one of {words}, got {prediction!r}.")
@@ -62,8 +63,8 @@ def config_of(schedule: Schedule, n_steps: int, prediction: str) -> Config:
             raise ArgumentError(
                 f"{schedule!r} has no signal left at its end, where 'eps' says nothing about x0: predict 'v' or 'x0'."
             )
-        safe = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"}
-        named = {"num_train_timesteps": n_steps, "prediction_type": THEIRS[prediction]}
+        safe = {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing", "snr_shift_scale": 1.0}
+        named = {"num_train_timesteps": T, "prediction_type": THEIRS[prediction]}
         return Config(**named, **safe, trained_betas=discrete.betas.tolist())
 
 
@@ -76,10 +77,15 @@ class SchedulerView:
 
     Parameters
     ----------
-    schedule, n_steps, prediction
+    schedule, T, prediction
         As of `to_diffusers`.
     eta : number or 0-dim Tensor in [0, 1]
         1 is ancestral sampling (DDPM), 0 deterministic (DDIM).
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError
+        As of `to_diffusers`; if eta is no number in [0, 1].
 
     Example
     -------
@@ -95,13 +101,13 @@ class SchedulerView:
     order = 1
     init_noise_sigma = 1.0
 
-    def __init__(self, schedule: Schedule, n_steps=1000, prediction="eps", eta: float | Tensor = 1.0):
-        self.config = config_of(schedule, n_steps, prediction)
-        self.schedule, self.prediction, self.eta = schedule, prediction, check_option("eta", eta)
-        if concrete(self.eta) and not 0 <= self.eta.item() <= 1:
-            raise ArgumentError(f"`eta` must lie in [0, 1], got {self.eta.item():g}: 1 is ancestral sampling.")
-        discrete = Discrete(schedule, n_steps)
-        self.times, self.timesteps = discrete.times, torch.arange(n_steps).flip(0)
+    def __init__(self, schedule: Schedule, T: int = 1000, prediction: str = "eps", eta: float | Tensor = 1.0):
+        self.config = config_of(schedule, T, prediction)
+        self.schedule, self.prediction, self.eta = schedule, prediction, parameter("eta", eta)
+        if concrete(self.eta):
+            number("eta", self.eta, 0.0, 1.0, ends=True, hint="1 is ancestral sampling")
+        discrete = Discrete(schedule, T)
+        self.times, self.timesteps = discrete.times, torch.arange(T).flip(0)
         self.alphas_cumprod, self.betas = discrete.alphas_cumprod.detach(), discrete.betas.detach()
 
     def __len__(self) -> int:
@@ -112,9 +118,8 @@ class SchedulerView:
         if (num_inference_steps is None) == (timesteps is None):
             raise ArgumentError("give `num_inference_steps` or `timesteps`, one of the two.")
         if timesteps is None:
-            N, T = num_inference_steps, len(self)
-            if isinstance(N, bool) or not isinstance(N, int) or not 1 <= N <= T:
-                raise ArgumentError(f"`num_inference_steps` must be an int from 1 to {T}, got {N!r}.")
+            T = len(self)
+            N = whole("num_inference_steps", num_inference_steps, 1, T, hint="there are no other indices")
             timesteps = (T - torch.arange(N, dtype=torch.float64) * T / N).round().long() - 1
         i = self._indices(timesteps)
         if i.dim() != 1 or not len(i) or not bool((i.diff() < 0).all()):
@@ -135,7 +140,15 @@ class SchedulerView:
         return combine(sample, noise.to(sample), combination("v", self.schedule, self._t(timesteps)))
 
     def step(
-        self, model_output: Tensor, timestep, sample: Tensor, generator=None, return_dict=True, *, noise=None, first=0
+        self,
+        model_output: Tensor,
+        timestep,
+        sample: Tensor,
+        generator=None,
+        return_dict=True,
+        *,
+        noise=None,
+        first_path=0,
     ) -> Stepped:
         """Equation (3), from a timestep to the next one.
 
@@ -149,7 +162,12 @@ class SchedulerView:
         return_dict : bool
             Of no effect: the answer is a tuple with names.
         noise : Noise, or Tensor (B, *event) of standard normals
-            Of a source, the step from timesteps[k] has step k + 1, paths `first` on, as in `ancestral`.
+            Of a source, the step from timesteps[k] has step k + 1, paths `first_path` on, as in `ancestral`.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError, ShapeError
+            For another timestep; for no noise where it is needed, or both; if shapes differ.
         """
         _check_same("model_output", model_output, sample)
         i = self._indices(timestep)
@@ -161,20 +179,22 @@ class SchedulerView:
         x0, eps = split(model_output.to(sample), sample, t, self.schedule, ab)
         if k + 1 == len(self.timesteps):
             return Stepped(x0, x0)
-        z = self._normals(sample, k + 1, generator, noise, first)
+        z = self._normals(sample, k + 1, generator, noise, first_path)
         return Stepped(ddim_update(self.schedule, x0, eps, t, self._t(self.timesteps[k + 1]), z, self.eta), x0)
 
     def _indices(self, i) -> Tensor:
-        i = torch.as_tensor(i).cpu()
-        if i.dtype not in (torch.int64, torch.int32) or (i.numel() and not 0 <= i.min() <= i.max() < len(self)):
-            raise ArgumentError(f"`timesteps` must be integers from 0 to {len(self) - 1}, got {i.tolist()!r:.80}.")
-        return i.long()
+        values, whole_numbers = reals("timesteps", i).cpu(), torch.as_tensor(i).dtype in (torch.int64, torch.int32)
+        if values.numel() and not whole_numbers:
+            raise ArgumentTypeError(f"`timesteps` must be integers, got {values.tolist()!r:.80}: use .long().")
+        if values.numel() and not 0 <= values.min() <= values.max() < len(self):
+            raise ArgumentError(f"`timesteps` must be integers from 0 to {len(self) - 1}, got {values.tolist()!r:.80}.")
+        return values.long()
 
     def _t(self, i) -> Tensor:
         t = self.times[self._indices(i)]
         return t.reshape(()) if t.numel() == 1 else t
 
-    def _normals(self, x: Tensor, step: int, generator, noise: Noise | Tensor | None, first: int) -> Tensor:
+    def _normals(self, x: Tensor, step: int, generator, noise: Noise | Tensor | None, first_path: int) -> Tensor:
         if generator is not None and noise is not None:
             raise ArgumentError("give `generator` or `noise`, not both: the noise is either one.")
         if concrete(self.eta) and self.eta.item() == 0 and not self.eta.requires_grad:
@@ -184,7 +204,7 @@ class SchedulerView:
             return noise.to(x)
         if noise is not None:
             source, dim = settle(None, noise), x[0].numel()
-            return source.normals(first, len(x), step, 1, dim, dtype=x.dtype, device=x.device).reshape(x.shape)
+            return source.normals(first_path, len(x), step, 1, dim, dtype=x.dtype, device=x.device).reshape(x.shape)
         if generator is None:
             raise ArgumentError(
                 "a step with eta > 0 draws noise, and never from torch's global state: give `generator`, "
@@ -196,6 +216,10 @@ class SchedulerView:
 def _draw(generator, x: Tensor) -> Tensor:
     if isinstance(generator, torch.Generator):
         return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
+    if not isinstance(generator, list | tuple):
+        raise ArgumentTypeError(
+            f"`generator` must be a torch.Generator or a list, got {generator!r:.60}: or give `noise`."
+        )
     if len(generator) != len(x):
         raise ArgumentError(f"`generator` must be one, or a list of {len(x)}, one a row, got {len(generator)}.")
     return torch.cat([_draw(g, row[None]) for g, row in zip(generator, x, strict=True)])

@@ -9,16 +9,15 @@ References: VE: Y. Song et al., 2011.13456; EDM: T. Karras et al., 2206.00364; C
 2210.02747, X. Liu et al., 2209.03003 (their clock is 1 - t).
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from sdesens.diffusion.checks import number
 from sdesens.diffusion.schedule import Schedule
-from sdesens.diffusion.values import double, require_increasing, require_number
-from sdesens.errors import ArgumentError
+from sdesens.diffusion.values import double, require_increasing
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,6 +28,11 @@ class VE(Schedule):
     ----------
     sigma_min, sigma_max : number or 0-dim Tensor, in units of the data
         Noise at t = 0 and at t = 1. The marginal has sigma_min at t = 0; the SDE, started at x_0, has none there.
+
+    Example
+    -------
+    >>> float(VE(0.01, 50.0).sigma(0.0)), round(float(VE(0.01, 50.0).prior_std), 9)
+    (0.01, 50.0)
     """
 
     sigma_min: float | Tensor = 0.01
@@ -83,9 +87,7 @@ class EDM(Schedule):
 
     def __post_init__(self):
         super().__post_init__()
-        require_number("sigma_max", self.sigma_max)
-        if not 0 < self.sigma_max < math.inf:
-            raise ArgumentError(f"`sigma_max` must be positive and finite, got {self.sigma_max!r}: 80 is usual.")
+        number("sigma_max", self.sigma_max, 0.0, hint="80 is usual")
 
     @property
     def t_max(self):
@@ -126,15 +128,19 @@ class CondOT(Schedule):
     end : float, at most 1
         The last time, t_max. At 1, the default, no signal is left: a network there must predict "velocity", "v" or "x0", and sampling with noise
         (eta > 0) must start before it.
+
+    Example
+    -------
+    >>> float(CondOT().alpha(0.25)), CondOT().zero_terminal_snr, CondOT(end=0.999).zero_terminal_snr
+    (0.75, True, False)
     """
 
     end: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
-        require_number("end", self.end)
-        if not 0 < self.end <= 1:
-            raise ArgumentError(f"`end` must lie in (0, 1], got {self.end!r}: 1 is pure noise.")
+        if self.end != 1:
+            number("end", self.end, 0.0, 1.0, hint="1 is pure noise")
 
     @property
     def t_max(self):

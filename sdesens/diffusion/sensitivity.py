@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.chain import sampler_sde
-from sdesens.diffusion.predict import Predictor
+from sdesens.diffusion.chain import pack, sampler_sde, unpack
+from sdesens.diffusion.checks import shape_of
+from sdesens.diffusion.predict import NET, Predictor
 from sdesens.diffusion.steps import Step
-from sdesens.errors import ArgumentError
+from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
 from sdesens.problem import Problem, check_state
 from sdesens.sde import Params, check_function
 
@@ -32,8 +33,8 @@ class Final:
     remembers: bool
 
     def __call__(self, ys: Tensor, p: Params) -> Tensor:
-        x = ys[-1]
-        return self.reward(x[:, 0] if self.remembers else x)
+        value = self.reward(unpack(ys[-1], self.remembers))
+        return value.to(ys.dtype) if isinstance(value, Tensor) and value.dtype == torch.bool else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +44,17 @@ class Start:
     remembers: bool
 
     def __call__(self, p: Params) -> Tensor:
-        return with_memory(p["x_T"]) if self.remembers else p["x_T"]
+        return pack(p["x_T"][None], None, self.remembers)[0]
 
 
-def with_memory(x: Tensor) -> Tensor:
-    """The state (2, *event) of a sampler that remembers nothing yet."""
-    return torch.stack((x, torch.zeros_like(x)))
+def check_shared(denoiser: Predictor) -> None:
+    """Raise ShapeError for a condition of one row each: paths are many, and share it."""
+    for branch in (denoiser, getattr(denoiser, "conditional", None), getattr(denoiser, "unconditional", None)):
+        cond = getattr(branch, "cond", None)
+        if isinstance(cond, Tensor) and cond.dim():
+            raise ShapeError(
+                f"`denoiser` has a condition of shape {tuple(cond.shape)}: all samples of a problem share one, give a 0-dim tensor."
+            )
 
 
 def sampler_problem(
@@ -59,7 +65,8 @@ def sampler_problem(
     step: Step | None = None,
     x: Tensor | None = None,
     event: tuple[int, ...] | None = None,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
     **options,
 ) -> Problem:
     """E[r(x_0)] of a sampler, equation (1), as a `Problem`.
@@ -78,16 +85,16 @@ def sampler_problem(
         the noise, and `event` is needed.
     event : tuple of int, optional
         Shape of one sample.
-    dtype : torch.dtype
-        Of the samples, if x is left out.
+    dtype, device : optional
+        Of the samples, if x is left out. Those of the network's weights by default; float64 on the CPU if it has none.
     **options
         Of the step: eta=..., gamma=...; parameters too.
 
     Returns
     -------
     Problem
-        Its functional sees the state; its own time counts steps ("t1" has no meaning). With the same seed, path i is row i of
-        the sampler function that starts from `prior(...)`.
+        Its functional sees the state; its own time counts steps ("t1" has no meaning). With the same seed and dtype, path i is
+        row i of the sampler function that starts from `prior(...)`.
 
     Raises
     ------
@@ -104,22 +111,30 @@ def sampler_problem(
     ['beta_max', 'eta', 'net.w']
     """
     check_function("reward", reward, ("x",))
+    check_shared(denoiser)
     if (x is None) == (event is None):
         raise ArgumentError(
             "give `x`, the state at grid[0], or `event`, the shape of a sample, to start from the prior."
         )
-    if x is not None:
-        check_state("x", x)
-        still = torch.zeros((), dtype=torch.float64)
-        sde = sampler_sde(denoiser, grid, step, start=still, event=tuple(x.shape), **options)
-        sde = replace(sde, params={**sde.params, "x_T": x})
-    else:
-        sde = sampler_sde(denoiser, grid, step, event=tuple(event or ()), **options)
-    remembers = getattr(sde.step, "remembers", False)
+    if "start" in options:
+        raise ArgumentTypeError(
+            "`start` is no option of a step: give `x`, or make the problem of `sampler_sde` yourself."
+        )
     y0: Tensor | Callable
     if x is not None:
+        check_state("x", x)
+        sde = sampler_sde(denoiser, grid, step, start=0.0, **options)
+        if "x_T" in sde.params:
+            raise ArgumentError("the denoiser has a parameter called 'x_T', the name of the start: rename it.")
+        sde = replace(sde, params={**sde.params, "x_T": x})
+        remembers = getattr(sde.step, "remembers", False)
         y0 = Start(remembers)
     else:
-        zeros = torch.zeros(tuple(event or ()), dtype=dtype)
-        y0 = with_memory(zeros) if remembers else zeros
-    return Problem(sde, Final(reward, remembers), y0, (0.0, float(len(grid))), len(grid))
+        sde = sampler_sde(denoiser, grid, step, **options)
+        remembers = getattr(sde.step, "remembers", False)
+        weights = (v for k, v in denoiser.params.items() if k.startswith(NET))
+        beside = next(weights, torch.zeros((), dtype=torch.float64))
+        zeros = torch.zeros(1, *shape_of("event", event), dtype=dtype or beside.dtype, device=device or beside.device)
+        y0 = pack(zeros, None, remembers)[0]
+    # the time 1 must lie on any grid that the problem is refined to: the starting noise is drawn in whole steps
+    return Problem(sde, Final(reward, remembers), y0, (0.0, 1.0, float(len(grid))), len(grid))

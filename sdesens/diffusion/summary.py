@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sdesens.diffusion.values import reals
 from sdesens.errors import PriorGapWarning, ShapeError
 
 if TYPE_CHECKING:
     from sdesens.diffusion.schedule import Schedule
 
 TOO_FAR = 1e-2  # nats a dimension
+FIRST_TIME = 1e-5  # of t_max, where training and likelihoods begin: at t = 0 there is no noise to predict
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Summary:
             (
                 self.schedule,
                 f"  time          0 (data) to {self.t_max:.6g} (noise)",
-                f"  log-SNR       {first:.4g} at {1e-5 * self.t_max:.4g}, {last:.4g} at the end",
+                f"  log-SNR       {first:.4g} at {FIRST_TIME * self.t_max:.4g}, {last:.4g} at the end",
                 f"  terminal SNR  {self.terminal_snr:.4g}",
                 f"  prior         N(0, {self.prior_std:.6g}^2), {self.prior_gap:.2e} nats a dimension from the law at the end",
             )
@@ -74,18 +76,20 @@ def prior_gap(schedule: "Schedule", mean=None, cov=None) -> Tensor:
     -------
     Tensor, 0-dim float64, differentiable in the schedule's parameters
 
+    Raises
+    ------
+    ArgumentTypeError, ShapeError
+        If mean or cov are no numbers, or their shapes do not fit.
+
     Example
     -------
     >>> from sdesens.diffusion import VP
     >>> float(VP().prior_gap(mean=1.0, cov=0.25)) < 1e-4
     True
     """
-    end = torch.tensor(schedule.t_max, dtype=torch.float64)
-    alpha, sigma, prior = schedule.alpha(end), schedule.sigma(end), schedule.prior_std
     if mean is None and cov is None:
         mean = 1.0
-    m = torch.as_tensor(0.0 if mean is None else mean, dtype=torch.float64)
-    c = torch.as_tensor(0.0 if cov is None else cov, dtype=torch.float64)
+    m, c = (reals(name, 0.0 if x is None else x) for name, x in (("mean", mean), ("cov", cov)))
     if m.dim() > 1 or c.dim() > 2 or (c.dim() == 2 and c.shape[0] != c.shape[1]):
         raise ShapeError(
             f"`mean` must have shape (d,) and `cov` (d,) or (d, d), got {tuple(m.shape)} and {tuple(c.shape)}: flatten the data."
@@ -93,8 +97,18 @@ def prior_gap(schedule: "Schedule", mean=None, cov=None) -> Tensor:
     spread = torch.linalg.eigvalsh(c) if c.dim() == 2 else c
     if m.dim() and spread.dim() and len(m) != len(spread):
         raise ShapeError(f"`mean` has {len(m)} entries, `cov` is for {len(spread)}: give both for the same dimensions.")
-    v = (alpha**2 * spread + sigma**2) / prior**2
-    return 0.5 * ((v - 1 - torch.log(v)).mean() + (alpha * m / prior).square().mean())
+    return divergence(schedule, m, spread).mean()
+
+
+def divergence(schedule: "Schedule", mean: Tensor, variance: Tensor | float = 0.0) -> Tensor:
+    """Equation (1) for single dimensions, KL(N(alpha m, alpha^2 c + sigma^2) || N(0, prior_std^2)), nats, of float64 m and c.
+
+    With v = (alpha^2 c + sigma^2) / prior_std^2, v - 1 - log(v) cancels near the prior: v - 1 is computed without v.
+    """
+    end = schedule.t_max
+    alpha, sigma, prior = (x.to(mean) for x in (schedule.alpha(end), schedule.sigma(end), schedule.prior_std))
+    excess = (sigma - prior) * (sigma + prior) / prior**2 + (alpha / prior) ** 2 * variance
+    return 0.5 * ((alpha / prior * mean).square() + excess - torch.log1p(excess))
 
 
 def summarise(schedule: "Schedule", mean=None, cov=None) -> Summary:
@@ -104,12 +118,18 @@ def summarise(schedule: "Schedule", mean=None, cov=None) -> Summary:
     -----
     PriorGapWarning
         If the gap exceeds a hundredth of a nat a dimension.
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP
+    >>> summarise(VP()).prior_std
+    1.0
     """
     with torch.no_grad():
         end = torch.tensor(schedule.t_max, dtype=torch.float64)
         gap = prior_gap(schedule, mean, cov).item()
         last = schedule.log_snr(end).item()
-        first = schedule.log_snr(1e-5 * end).item()
+        first = schedule.log_snr(FIRST_TIME * end).item()
         found = Summary(repr(schedule), schedule.t_max, (first, last), math.exp(last), schedule.prior_std.item(), gap)
     if gap > TOO_FAR:
         warnings.warn(

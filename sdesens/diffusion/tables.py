@@ -4,7 +4,7 @@
     Table    B = -log alphas_cumprod at t = (i + 1)/T, B = 0 at t = 0, straight lines between.                          (2)
 
 With (2) the rate beta is constant within a step, and the discrete chain with these betas is the exact solution of the SDE seen at
-t = (i + 1)/T. A table of T steps is a view of a schedule in continuous time (`discretise`), never the other way round.
+t = (i + 1)/T. A table of T steps is a view of a schedule in continuous time (`Discrete`), never the other way round.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from sdesens.diffusion.preserving import VariancePreserving
-from sdesens.diffusion.schedule import Schedule
-from sdesens.diffusion.values import rebound
+from sdesens.diffusion.checks import whole
+from sdesens.diffusion.preserving import ByRate
+from sdesens.diffusion.schedule import Schedule, check_schedule
+from sdesens.diffusion.values import reals, rebound
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
 from sdesens.sde import check_function, check_parameter
 from sdesens.tensors import concrete, describe
@@ -89,10 +90,21 @@ class LogSNR(Schedule):
         return self.function(t, self.parameters).to(torch.float64)
 
     def _alpha(self, t):
-        return torch.exp(0.5 * logsigmoid(self._log_snr(t)))
+        return self._squashed(t, 1.0)
 
     def _sigma(self, t):
-        return torch.exp(0.5 * logsigmoid(-self._log_snr(t)))
+        return self._squashed(t, -1.0)
+
+    def _squashed(self, t: Tensor, sign: float) -> Tensor:
+        """The root of sigmoid(+-lambda); where lambda is infinite, 0 or 1 with no derivative, for the function has none."""
+        found = self._log_snr(t)
+        if concrete(found) and bool(torch.isfinite(found.detach()).all()):
+            return torch.exp(0.5 * logsigmoid(sign * found))
+        finite = torch.isfinite(found.detach())
+        safe = self._log_snr(torch.where(finite, t, 0.5))
+        return torch.where(
+            finite, torch.exp(0.5 * logsigmoid(sign * safe)), (sign * found.detach() > 0).to(found.dtype)
+        )
 
     def _t_of_log_snr(self, log_snr):
         with torch.no_grad():
@@ -125,7 +137,7 @@ class LogSNR(Schedule):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Table(VariancePreserving):
+class Table(ByRate):
     """The schedule in continuous time behind a discrete table, equation (2).
 
     Parameters
@@ -141,6 +153,7 @@ class Table(VariancePreserving):
     """
 
     alphas_cumprod: Tensor
+    smooth: ClassVar[bool] = False
     learnable: ClassVar[tuple[str, ...]] = ("alphas_cumprod",)
 
     def __post_init__(self):
@@ -158,9 +171,12 @@ class Table(VariancePreserving):
     @classmethod
     def from_betas(cls, betas: Tensor) -> "Table":
         """From the betas of a discrete-time model, shape (T,): alphas_cumprod is the product of 1 - beta, in float64."""
-        if not isinstance(betas, Tensor) or betas.dim() != 1 or not bool(((betas > 0) & (betas <= 1)).all()):
-            raise ArgumentError(f"`betas` must be a tensor of shape (T,) with values in (0, 1], got {describe(betas)}.")
-        return cls(torch.exp(torch.cumsum(torch.log1p(-betas.to(torch.float64)), 0)))
+        betas = reals("betas", betas)
+        if betas.dim() != 1 or not bool(((betas > 0) & (betas <= 1)).all()):
+            raise ArgumentError(
+                f"`betas` must have shape (T,) and values in (0, 1], got {describe(betas)}: each is the variance of a step."
+            )
+        return cls(torch.exp(torch.cumsum(torch.log1p(-betas), 0)))
 
     def B(self, t):
         at, i, knots = self._where(t)
@@ -171,20 +187,20 @@ class Table(VariancePreserving):
         return (knots[i + 1] - knots[i]) * len(self.alphas_cumprod)
 
     def t_of_B(self, B):
-        knots = self._knots()
+        knots = self._knots(B)
         i = torch.searchsorted(knots.detach(), B.detach().contiguous(), right=True).sub(1).clamp(0, len(knots) - 2)
         return (i + (B - knots[i]) / (knots[i + 1] - knots[i])) / len(self.alphas_cumprod)
 
-    def _knots(self) -> Tensor:
-        """B at t = 0, 1/T, ..., 1."""
-        a = self.alphas_cumprod.to(torch.float64)
+    def _knots(self, beside: Tensor) -> Tensor:
+        """B at t = 0, 1/T, ..., 1, on the device of another tensor."""
+        a = self.alphas_cumprod.to(beside.device, torch.float64)
         return torch.cat((a.new_zeros(1), -torch.log(a.clamp_min(NOTHING))))
 
     def _where(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """T t, the step that it falls in (T t itself belongs to the step before it), and the knots."""
         at = t * len(self.alphas_cumprod)
         i = (at.detach() - 1e-9).floor().long().clamp(0, len(self.alphas_cumprod) - 1)
-        return at, i, self._knots()
+        return at, i, self._knots(t)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,20 +210,25 @@ class Discrete:
     Attributes
     ----------
     schedule : Schedule
-    times : Tensor, shape (T,)
+    T : int
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP
+    >>> Discrete(VP(), 4).times, int(Discrete(VP(), 4).index(0.5))
+    (tensor([0.2500, 0.5000, 0.7500, 1.0000], dtype=torch.float64), 1)
     """
 
     schedule: Schedule
     T: int
 
     def __post_init__(self):
-        if not isinstance(self.schedule, Schedule):
-            raise ArgumentTypeError(f"`schedule` must be a Schedule such as VP(), got {self.schedule!r:.60}.")
-        if isinstance(self.T, bool) or not isinstance(self.T, int) or self.T < 1:
-            raise ArgumentTypeError(f"`T` must be a positive int, got {self.T!r}.")
+        check_schedule("schedule", self.schedule)
+        whole("T", self.T, hint="it is a number of steps")
 
     @property
     def times(self) -> Tensor:
+        """The times of the T indices, shape (T,)."""
         return torch.arange(1, self.T + 1, dtype=torch.float64) / self.T * self.schedule.t_max
 
     @property

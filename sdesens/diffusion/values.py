@@ -72,25 +72,8 @@ def same(a, b) -> bool:
     return type(a) is type(b) and a == b
 
 
-def require_number(name: str, value) -> None:
-    """Raise ArgumentTypeError unless this is a plain number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(f"`{name}` must be a number, got {value!r:.60}: use float(...).")
-
-
-def one_number(name: str, value) -> float:
-    """The value of a number or a 0-dim tensor; raise ArgumentTypeError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | Tensor) or torch.as_tensor(value).dim():
-        raise ArgumentTypeError(f"`{name}` must be a number or a 0-dim tensor, got {value!r:.60}.")
-    return torch.as_tensor(value).item()
-
-
 def require_increasing(low_name: str, low: Tensor, high_name: str, high: Tensor, *, strict: bool = True) -> None:
     """Raise ArgumentError unless 0 < low < high (strict), or 0 <= low <= high and 0 < high."""
-    if low.dim() or high.dim():
-        raise ArgumentError(
-            f"`{low_name}` and `{high_name}` must be numbers, got shapes {tuple(low.shape)}, {tuple(high.shape)}."
-        )
     if not (concrete(low) and concrete(high)):
         return
     a, b = float(low.detach()), float(high.detach())
@@ -98,7 +81,7 @@ def require_increasing(low_name: str, low: Tensor, high_name: str, high: Tensor,
     if not fine:
         sign = "<" if strict else "<="
         raise ArgumentError(
-            f"`{low_name}` and `{high_name}` must satisfy 0 {sign} {low_name} {sign} {high_name}, got {a:g} and {b:g}."
+            f"`{low_name}` and `{high_name}` must satisfy 0 {sign} {low_name} {sign} {high_name}, got {a:g} and {b:g}: swap or move them."
         )
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdesens.diffusion.checks import number, parameter
 from sdesens.diffusion.conversions import above_zero
-from sdesens.diffusion.predict import Denoiser, Predictor
+from sdesens.diffusion.predict import Denoiser, Predictor, check_predictor
 from sdesens.diffusion.values import like, rebound
 from sdesens.errors import ArgumentError, ArgumentTypeError
-from sdesens.sde import check_parameter
 
 OTHER = "unconditional."
 
@@ -32,8 +32,20 @@ class Guided(Predictor):
     scale : number or 0-dim Tensor
         w: 1 is plain conditional sampling, 0 unconditional. A parameter, called "guidance".
 
-    Parameters that both branches share go by one name; those that only the unconditional one has, by "unconditional.<name>" if
-    the name is taken.
+    Parameters that both branches share go by one name, the schedule's among them; those that only the unconditional one has, by
+    "unconditional.<name>" if the name is taken.
+
+    Raises
+    ------
+    ArgumentTypeError, ShapeError, ArgumentError
+        For branches that are no predictors, a scale that is not one number, branches on two schedules or guided already.
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP
+    >>> c, u = (Denoiser(lambda x, t, k=k: k * x, VP(), "eps") for k in (1.0, 0.5))
+    >>> Guided(c, u, 3.0).eps(torch.ones(1, 1), 0.5)
+    tensor([[2.]])
     """
 
     conditional: Predictor
@@ -43,21 +55,16 @@ class Guided(Predictor):
     def __post_init__(self):
         for name in ("conditional", "unconditional"):
             branch = getattr(self, name)
-            if not isinstance(branch, Predictor):
-                raise ArgumentTypeError(
-                    f"`{name}` must be a Denoiser or another predictor, got {type(branch).__name__}: guidance needs both branches."
-                )
+            check_predictor(name, branch)
             if "guidance" in branch.params:
                 raise ArgumentError(
                     f"`{name}` is guided already, and both scales would be called 'guidance': state the combination as a Predictor of its own."
                 )
         if not self.conditional.schedule.same_as(self.unconditional.schedule):
             raise ArgumentError("`conditional` and `unconditional` are made for two schedules: give both the same one.")
-        if isinstance(self.scale, bool) or not isinstance(self.scale, int | float | Tensor):
-            raise ArgumentTypeError(f"`scale` must be a number or a 0-dim tensor, got {self.scale!r:.60}.")
-        scale = self.scale if isinstance(self.scale, Tensor) else torch.tensor(float(self.scale), dtype=torch.float64)
-        check_parameter("guidance", scale)
-        object.__setattr__(self, "scale", scale)
+        one_schedule = self.unconditional.with_params(self.conditional.schedule.params)
+        object.__setattr__(self, "unconditional", one_schedule)  # its values are the same, its tensors may be others
+        object.__setattr__(self, "scale", parameter("scale", self.scale))
 
     @property
     def schedule(self):  # type: ignore[override]
@@ -65,14 +72,17 @@ class Guided(Predictor):
 
     @property
     def params(self):
-        own = self.conditional.params
-        return {**{self._name(k): v for k, v in self._rest().items()}, **own, "guidance": self.scale}
+        theirs = self.unconditional.params
+        rest = {here: theirs[name] for name, here in self._names().items()}
+        return {**rest, **self.conditional.params, "guidance": self.scale}
 
     def with_params(self, p):
         conditional = self.conditional.with_params(p)
-        rest = {k: p[self._name(k)] for k in self._rest() if self._name(k) in p}
+        rest = {name: p[here] for name, here in self._names().items() if here in p}
         unconditional = self.unconditional.with_params({**rest, **conditional.schedule.params})
         scale = p.get("guidance", self.scale)
+        if conditional is self.conditional and unconditional is self.unconditional and scale is self.scale:
+            return self
         return rebound(self, conditional=conditional, unconditional=unconditional, scale=scale)
 
     def pair(self, x, t):
@@ -80,14 +90,10 @@ class Guided(Predictor):
         c, u = self.conditional.pair(x, t), self.unconditional.pair(x, t)
         return u[0] + w * (c[0] - u[0]), u[1] + w * (c[1] - u[1])
 
-    def _rest(self) -> dict[str, Tensor]:
-        """Parameters of the unconditional branch other than the schedule's."""
-        return {k: v for k, v in self.unconditional.params.items() if k not in self.schedule.params}
-
-    def _name(self, name: str) -> str:
-        """What a parameter of the unconditional branch is called here."""
-        theirs = self.conditional.params.get(name)
-        return name if theirs is None or theirs is self.unconditional.params[name] else OTHER + name
+    def _names(self) -> dict[str, str]:
+        """What the parameters of the unconditional branch, other than the schedule's, are called here."""
+        own, theirs, shared = self.conditional.params, self.unconditional.params, self.schedule.params
+        return {k: k if own.get(k, v) is v else OTHER + k for k, v in theirs.items() if k not in shared}
 
 
 def guide(denoiser: Denoiser, scale: float | Tensor, cond) -> Guided:
@@ -135,7 +141,18 @@ class Clipped(Predictor):
     ----------
     inner : Predictor
     low, high : float
-        Bounds of the data.
+        Bounds of the data; either may be infinite.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError
+        For what is no predictor, or bounds that are no numbers or do not rise.
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP
+    >>> Clipped(Denoiser(lambda x, t: x, VP(), "x0"), -1.0, 1.0).x0(torch.tensor([[0.5, 3.0]]), 0.5)
+    tensor([[0.5000, 1.0000]])
     """
 
     inner: Predictor
@@ -143,12 +160,13 @@ class Clipped(Predictor):
     high: float
 
     def __post_init__(self):
-        if not isinstance(self.inner, Predictor):
-            raise ArgumentTypeError(
-                f"`inner` must be a Denoiser or another predictor, got {type(self.inner).__name__}."
+        check_predictor("inner", self.inner)
+        for name in ("low", "high"):
+            object.__setattr__(
+                self, name, number(name, getattr(self, name), ends=True, hint="it is a bound of the data")
             )
         if not self.low < self.high:
-            raise ArgumentError(f"`low` must be below `high`, got {self.low!r} and {self.high!r}.")
+            raise ArgumentError(f"`low` must be below `high`, got {self.low!r} and {self.high!r}: swap or move them.")
 
     @property
     def schedule(self):  # type: ignore[override]
@@ -159,7 +177,8 @@ class Clipped(Predictor):
         return self.inner.params
 
     def with_params(self, p):
-        return rebound(self, inner=self.inner.with_params(p))
+        inner = self.inner.with_params(p)
+        return self if inner is self.inner else rebound(self, inner=inner)
 
     def pair(self, x, t):
         t = above_zero(self.schedule, self.schedule.time(t))
