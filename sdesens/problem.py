@@ -125,7 +125,7 @@ class Problem:
             raise ArgumentTypeError(f"`wrt` must be a name or a tuple of names, got {wrt!r}.")
         known = (*self.sde.params, *RESERVED)
         theta = {}
-        for name in chain.from_iterable(fnmatch.filter(self.sde.params, n) if _pattern(n) else [n] for n in names):
+        for name in chain.from_iterable(map(self._named, names)):
             if name not in known:
                 raise UnknownParameterError(f"`wrt` names {name!r}, which is none of {_some(known)}.")
             if name == "y0" and not isinstance(self.y0, Tensor):
@@ -139,6 +139,17 @@ class Problem:
             else:
                 theta[name] = (self.initial({}) if name == "y0" else self.sde.params[name]).detach()
         return theta
+
+    def _named(self, name) -> list:
+        """A name, or the parameters that a pattern names."""
+        if not (isinstance(name, str) and "*" in name):
+            return [name]
+        found = fnmatch.filter(self.sde.params, name)
+        if not found:
+            raise UnknownParameterError(
+                f"`wrt` has the pattern {name!r}, and no parameter fits: there are {_some(tuple(self.sde.params))}."
+            )
+        return found
 
     def params(self, theta: Theta) -> dict[str, Tensor]:
         """The dict p that user functions see at theta."""
@@ -224,10 +235,6 @@ def grid_positions(ts: Tensor, n_steps: int) -> tuple[int, ...]:
             "the grid, nothing is interpolated. Choose `n_steps` (or `dt`) so that each time is a whole number of steps."
         )
     return tuple(int(i) for i in index)
-
-
-def _pattern(name) -> bool:
-    return isinstance(name, str) and "*" in name
 
 
 def _some(names: Sequence[str]) -> str:

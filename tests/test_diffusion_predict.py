@@ -23,7 +23,7 @@ from sdesens.diffusion import (
     convert,
     guide,
 )
-from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, ShapeError
+from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, GridError, NotAFunctionError, ShapeError
 from sdesens.modules import Lent
 
 D = torch.float64
@@ -562,3 +562,61 @@ def test_bad_input(bad):
     act, error, words = BAD[bad]
     with pytest.raises(error, match=words):
         act()
+
+
+# What a network may not do
+
+
+def test_a_network_that_writes_into_its_input_is_refused():
+    class Inplace(nn.Module):
+        def forward(self, x, t):
+            return torch.relu_(x)
+
+    x = normals(2, 3)
+    with pytest.raises(NotAFunctionError, match="writes into its input"):
+        Denoiser(Inplace(), VP(), "eps").x0(x.clone(), 0.5)
+    with pytest.raises(NotAFunctionError, match="condition"):
+        Denoiser(lambda x, t, c: x * c.mul_(2)[:, None], VP(), "eps").given(torch.ones(2)).x0(x, 0.5)
+    t = torch.full((2,), 0.5, dtype=D)
+    Denoiser(lambda x, t: x * t.mul_(2)[:, None], VP(), "eps").x0(x, t)  # times are its own
+    assert t.tolist() == [0.5, 0.5]
+
+
+def test_a_network_whose_parameters_are_replaced_is_called_as_it_is():
+    class Line(nn.Module):
+        def __init__(self, w):
+            super().__init__()
+            self.layer = nn.Linear(2, 2, bias=False)
+            self.layer.weight = nn.Parameter(w * torch.eye(2, dtype=D))
+
+        def forward(self, x, t):
+            return self.layer(x)
+
+    net, x = Line(1.0), normals(3, 2)
+    denoiser = Denoiser(net, VP(), "x0")
+    net.load_state_dict(Line(2.0).state_dict(), assign=True)
+    assert torch.equal(denoiser.x0(x, 0.5), 2 * x)
+    assert torch.equal(denoiser.params["net.layer.weight"], 2 * torch.eye(2, dtype=D))
+    net.layer = Line(3.0).layer
+    assert torch.equal(denoiser.x0(x, 0.5), 3 * x)
+    lent = denoiser.with_params({"net.layer.weight": 5 * torch.eye(2, dtype=D)})
+    assert torch.equal(lent.x0(x, 0.5), 5 * x)
+    assert torch.equal(denoiser.x0(x, 0.5), 3 * x)
+
+
+def test_dtypes_that_do_not_meet_are_named():
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+        def forward(self, x, t):
+            return self.layer(x)
+
+    with pytest.raises(DtypeError, match=r"states in torch.float64, and its weights are torch.float32"):
+        Denoiser(Line(), VP(), "eps").x0(normals(2, 2), 0.5)
+    assert "6 parameters" in repr(Denoiser(Line(), VP(), "eps"))
+    with pytest.raises(ArgumentError, match="a module brings its own"):
+        Denoiser(Line(), VP(), "eps", parameters={"w": torch.ones(())})
+    with pytest.raises(ArgumentError, match="given"):
+        Denoiser(lambda x, t, c: x, VP(), "eps", null=torch.tensor(0)).x0(normals(2, 2), 0.5)

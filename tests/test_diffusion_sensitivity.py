@@ -33,7 +33,17 @@ from sdesens.diffusion import (
 from sdesens.diffusion.adjoint_matching import adjoint_matching_loss, lean_adjoint, matching_loss, remembered
 from sdesens.diffusion.oracles import Gaussian
 from sdesens.diffusion.predict import Predictor
-from sdesens.errors import ArgumentError, ArgumentTypeError, DetachedError, JumpError, MemoryWarning, ShapeError
+from sdesens.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DetachedError,
+    GridError,
+    JumpError,
+    MemoryWarning,
+    NonFiniteError,
+    ShapeError,
+    UnknownParameterError,
+)
 
 F64 = torch.float64
 ONE = torch.ones(1, dtype=F64)
@@ -144,6 +154,61 @@ def test_the_dtype_is_that_of_the_network():
     x = prior(VP(), 100, (2,), seed=1)
     value = euler_maruyama(denoiser, x, uniform_grid(VP(), 4), seed=1)[:, 0].mean().item()
     assert float(result.value.mean) == pytest.approx(value, rel=1e-5)  # float32
+
+
+def test_a_problem_is_refined_in_whole_steps():
+    """The starting noise takes one unit of the problem's time, and no step may straddle its end."""
+    problem = sampler_problem(guided(), uniform_grid(VP(), 4), lambda x: x[:, 0], step=ddim_step, event=(1,))
+    assert problem.with_steps(10).n_steps == 10
+    for n in (3, 7, 12):
+        with pytest.raises(GridError, match="every time"):
+            problem.with_steps(n)
+
+
+@pytest.mark.parametrize("step", [None, ddim_step, heun_step, dpmpp_2m_step])
+def test_half_steps_of_a_problem_are_those_of_the_refined_grid(step):
+    grid = uniform_grid(VP(), 6, t_min=0.05)
+    finer = torch.cat((grid.unfold(0, 2, 1).mean(1), grid)).sort(descending=True).values
+    denoiser = Gaussian(ONE, 0.25 * ONE).denoiser(VP())
+    size = 2 if step is dpmpp_2m_step else 1
+    mean, cov = torch.zeros(size, 1, dtype=F64), torch.zeros(size, size, dtype=F64)
+    mean = mean if size == 2 else mean[0]
+    one = affine_moments(sampler_sde(denoiser, grid, step), mean, cov, 14, dt=0.5)
+    two = affine_moments(sampler_sde(denoiser, finer, step), mean, cov, 13)
+    # the start is drawn in two halves: the same law; 2M's first step is of first order, and here it is half as long in both
+    assert torch.allclose(one[0], two[0], rtol=1e-12, atol=1e-12)
+    assert torch.allclose(one[1], two[1], rtol=1e-12, atol=1e-12)
+
+
+def test_derivatives_that_are_infinite_are_not_zero():
+    """d/dgamma of churn is infinite at gamma = 0, and d/deta at 1 from pure noise: an error, not a number that misses it."""
+    churned = sampler_problem(guided(), uniform_grid(VP(), 4), reward_of_one, step=heun_step, event=(1,), gamma=0.0)
+    with pytest.raises(NonFiniteError):
+        ss.sensitivity(churned, n_paths=32, wrt="gamma", audit=False)
+    law = Gaussian(ONE, ONE).denoiser(CondOT())
+    noise = sampler_problem(law, [1.0, 0.3, 0.1], reward_of_one, step=ddim_step, event=(1,), eta=1.0)
+    with pytest.raises(NonFiniteError):
+        ss.sensitivity(noise, n_paths=32, wrt="eta", audit=False)
+    # to t = 0 nothing of eps is kept, whatever eta: differences around eta = 1 are fine, from where some signal is left
+    problem = sampler_problem(guided(), [0.5, 0.3, 0.1, 0.0], reward_of_one, step=ddim_step, event=(1,), eta=1.0)
+    one, two = (
+        ss.sensitivity(problem, n_paths=64, wrt="eta", method=m, audit=False).gradient["eta"].mean
+        for m in ("pathwise", "finite_difference")
+    )
+    assert float(one) == pytest.approx(float(two), rel=1e-5)
+
+
+def reward_of_one(x):
+    return x[:, 0] ** 2
+
+
+def test_parameters_by_pattern():
+    problem = sampler_problem(network(), uniform_grid(VP(), 4), reward, event=(2,))
+    found = ss.sensitivity(problem, n_paths=32, wrt=("net.inner.*", "beta_*"), audit=False).gradient
+    assert set(found) == {"net.inner.weight", "net.inner.bias", "beta_min", "beta_max"}
+    with pytest.raises(UnknownParameterError, match="no parameter"):
+        ss.sensitivity(problem, n_paths=32, wrt="layers.*")
+    assert len(repr(problem)) < 400  # no weights
 
 
 class Thin(nn.Module):
@@ -475,6 +540,19 @@ BAD = {
         ),
         ArgumentError,
         "made for",
+    ),
+    "labels": (
+        lambda d, g: sampler_problem(
+            Denoiser(lambda x, t, c: x, VP(), "v", null=torch.zeros(())).given(torch.zeros(100)), g, reward, event=(1,)
+        ),
+        ShapeError,
+        "share one",
+    ),
+    "start": (lambda d, g: sampler_problem(d, g, reward, event=(1,), start=2.0), ArgumentTypeError, "start"),
+    "a sampler for a step": (
+        lambda d, g: sampler_problem(d, g, reward, step=ddim, event=(1,)),
+        ArgumentTypeError,
+        "ddim_step",
     ),
     "lean, eta 0": (
         lambda d, g: lean_adjoint(d, torch.zeros(5, 2, 1, dtype=F64), g, reward, eta=0.0),

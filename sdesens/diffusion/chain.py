@@ -25,7 +25,7 @@ from sdesens.diffusion.schedule import Schedule
 from sdesens.diffusion.steps import Span, Step, ddim_step, heun_step
 from sdesens.diffusion.values import like
 from sdesens.errors import ArgumentError, ArgumentTypeError, ShapeError
-from sdesens.sde import SDE, Params, check_function
+from sdesens.sde import SDE, Params
 from sdesens.tensors import concrete
 
 START = 1 - 1e-9  # times below this draw the starting noise
@@ -207,11 +207,10 @@ def check_options(denoiser: Predictor, step: Step | None, options: dict[str, Ten
         if unknown := options.keys() - {"eta"}:
             raise ArgumentError(f"Euler-Maruyama has no option {min(unknown)!r}: its only one is `eta`.")
         return
-    check_function("step", step, ("denoiser", "x", "span", "z", "memory"))
     try:
         inspect.signature(step).bind("denoiser", "x", "span", "z", "memory", **options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ArgumentTypeError(
-            f"`step` does not take {', '.join(map(repr, options))}: {error}. Its options come after (denoiser, x, span, z, memory). "
-            "A sampler such as ddim is no step, ddim_step is."
+            f"`step` must be a function of (denoiser, x, span, z, memory) and of its options, {', '.join(options) or 'none here'}: {error}. A "
+            "sampler such as ddim is no step; its step is ddim_step."
         ) from error

@@ -237,7 +237,7 @@ class Denoiser(Predictor):
             raise ArgumentError(
                 "the denoiser has `null` but no condition: use denoiser.given(cond), or guide(denoiser, scale, cond)."
             )
-        before = _writes(args)
+        before = _writes(args[:1] + args[2:])
         try:
             out = self._answer(args)
         except RuntimeError as error:
@@ -248,7 +248,7 @@ class Denoiser(Predictor):
                 f"`net` failed on states in {x.dtype}, and its weights are {', '.join(map(str, weights))}: give both one dtype, "
                 f"net.to(...) or x.to(...), or use torch.autocast. torch says: {error}"
             ) from error
-        if _writes(args) != before:
+        if _writes(args[:1] + args[2:]) != before:
             raise NotAFunctionError(
                 "`net` writes into its input, x or the condition: use inplace=False, or work on a copy."
             )
