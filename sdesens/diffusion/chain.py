@@ -94,7 +94,8 @@ class Chain:
             return pack(x + self.beginning(p, x) * z, None, self.remembers)
 
         def move() -> Tensor:
-            times = (self.clock(s)[0] for s in (torch.clamp(t - dt, min=1.0), t, t + dt))
+            now = torch.clamp(t, min=1.0)  # where this branch is not taken it is a step all the same, with finite derivatives
+            times = (self.clock(s)[0] for s in (torch.clamp(now - dt, min=1.0), now, now + dt))
             memory, options = y[:, 1] if self.remembers else None, {name: p[name] for name in self.options}
             found = self.step(self.denoiser.with_params(p), x, Span(*times), z / dt.sqrt(), memory, **options)
             return pack(*check_step(found, x, self.remembers), self.remembers)
