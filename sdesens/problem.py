@@ -6,7 +6,7 @@ theta is a choice of parameters of the SDE, the initial state ("y0") and the hor
 question and checks its form; it computes nothing.
 """
 
-import fnmatch
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -142,9 +142,10 @@ class Problem:
 
     def _named(self, name) -> list:
         """A name, or the parameters that a pattern names."""
-        if not (isinstance(name, str) and "*" in name):
+        if not isinstance(name, str) or "*" not in name or name in self.sde.params:
             return [name]
-        found = fnmatch.filter(self.sde.params, name)
+        pattern = ".*".join(map(re.escape, name.split("*")))
+        found = [known for known in self.sde.params if re.fullmatch(pattern, known)]
         if not found:
             raise UnknownParameterError(
                 f"`wrt` has the pattern {name!r}, and no parameter fits: there are {_some(tuple(self.sde.params))}."

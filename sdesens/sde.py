@@ -45,6 +45,7 @@ Step = Callable[["SDE", Params, Tensor, Tensor, Tensor, Tensor], Tensor]
 NOISE_TYPES = ("diagonal", "scalar", "additive", "general")
 SDE_TYPES = ("ito", "stratonovich")
 RESERVED = ("y0", "t1")
+LEFT = 1e-6  # of a step: how far from its end the limit from the left is taken
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -69,6 +70,9 @@ class SDE:
         (B, m). A pure function like `sdesens.integrate.euler.step`; parameters come in p, not from `sde.params`. Drift and
         diffusion still state the equation, and the diffusion says how many Brownian motions there are. Methods that know
         Euler-Maruyama's step from inside (the continuous adjoints, likelihood ratios) refuse such an equation.
+    piecewise : bool
+        Whether the coefficients jump in time, at points of the grid, where they are continuous from the right. The continuous
+        adjoints look at the end of a step, and take the limit from the left there.
 
     Raises
     ------
@@ -92,6 +96,7 @@ class SDE:
     sde_type: str = "ito"
     noise_dim: int | None = None
     step: Step | None = None
+    piecewise: bool = False
 
     def __post_init__(self):
         for name in ("drift", "diffusion"):
@@ -120,7 +125,7 @@ class SDE:
 
     def __reduce__(self):  # a mapping proxy does not pickle
         coefficients = (self.drift, self.diffusion, dict(self.params))
-        return SDE, (*coefficients, self.noise_type, self.sde_type, self.noise_dim, self.step)
+        return SDE, (*coefficients, self.noise_type, self.sde_type, self.noise_dim, self.step, self.piecewise)
 
     def with_params(self, **params: Tensor) -> "SDE":
         """The same equation at other parameter values; unknown names raise."""

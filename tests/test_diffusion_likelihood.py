@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal, Normal
 
 from sdesens.diffusion import EDM, VE, VP, Clipped, CondOT, Cosine, Denoiser, Discrete, Guided, SubVP, Table
+from sdesens.diffusion.attached import check_derivative
 from sdesens.diffusion.dequantise import bits_per_dim, dequantise
 from sdesens.diffusion.likelihood import LogProb, log_prob
 from sdesens.diffusion.oracles import Gaussian, GaussianMixture
@@ -201,6 +202,27 @@ def test_a_part_that_autograd_does_not_see():
     for predictor in (Own(), Denoiser(lambda x, t: torch.tanh(2 * x.detach()) + 0 * x, VP(), "eps")):
         with pytest.raises(DetachedError):
             log_prob(predictor, x)
+
+
+def test_the_look_at_derivatives_has_no_false_alarms():
+    """Kinks, steepness and float32 are not parts that are cut off; one row, many networks."""
+
+    def features(x, t, n):
+        k = torch.pi * 2.0 ** torch.arange(n)
+        return torch.cat((torch.sin(x[..., None] * k), torch.cos(x[..., None] * k)), -1).flatten(1)
+
+    for seed in range(60):
+        torch.manual_seed(seed)
+        relu = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        steep = nn.Linear(24, 2)
+        with torch.no_grad():
+            for p in relu.parameters():
+                p.mul_(1 + 2 * (seed % 2))
+        for x in (torch.randn(1, 2), torch.randn(8, 2), torch.zeros(4, 2)):
+            for schedule, prediction in ((VP(), "v"), (VE(), "eps"), (EDM(), "x0")):
+                check_derivative(Denoiser(lambda x, t, net=relu: net(x), schedule, prediction), x)
+            check_derivative(Denoiser(lambda x, t, net=steep: net(features(x, t, 6)), VP(), "v"), x)
+    check_derivative(Clipped(RING.denoiser(VP()), -1.0, 1.0), draws(4))
 
 
 @pytest.mark.parametrize("T", [8, 100, 1000])

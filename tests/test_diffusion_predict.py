@@ -577,6 +577,13 @@ def test_a_network_that_writes_into_its_input_is_refused():
         Denoiser(Inplace(), VP(), "eps").x0(x.clone(), 0.5)
     with pytest.raises(NotAFunctionError, match="condition"):
         Denoiser(lambda x, t, c: x * c.mul_(2)[:, None], VP(), "eps").given(torch.ones(2)).x0(x, 0.5)
+    with torch.inference_mode():  # torch does not count what is written there: a copy is handed over
+        y = torch.ones(2, 3)
+        Denoiser(Inplace(), VP(), "eps").x0(-y, 0.5)
+        Denoiser(lambda x, t: x.mul_(0), VP(), "eps").x0(y, 0.5)
+        assert y.min() == 1
+    with pytest.raises(NotAFunctionError, match="writes into its input"):
+        Denoiser(lambda x, t: x.mul_(2), VP(), "eps").x0(torch.ones(2, 3, requires_grad=True), 0.5)
     t = torch.full((2,), 0.5, dtype=D)
     Denoiser(lambda x, t: x * t.mul_(2)[:, None], VP(), "eps").x0(x, t)  # times are its own
     assert t.tolist() == [0.5, 0.5]

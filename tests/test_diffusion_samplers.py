@@ -473,6 +473,7 @@ BAD = {
     "event": (lambda d, x: prior(VP(), 2, 3, seed=1), ArgumentTypeError, "tuple"),
     "prior of no schedule": (lambda d, x: prior(d, 2, (3,), seed=1), ArgumentTypeError, "Schedule"),
     "churn a bool": (lambda d, x: heun(d, x, [1.0, 0.5], churn=True), ArgumentTypeError, "churn"),
+    "first path": (lambda d, x: ancestral(d, x, [1.0, 0.5], seed=1, first_path=1.5), ArgumentTypeError, "first_path"),
     "noise for no use": (lambda d, x: ddim(d, x, [1.0, 0.5], noise="white"), ArgumentTypeError, "Philox"),
     "grid of no schedule": (lambda d, x: uniform_grid(3, 3), ArgumentTypeError, "Schedule"),
     "one number for a grid": (lambda d, x: heun(d, x, 0.5), ShapeError, "two times"),
@@ -507,6 +508,20 @@ def test_an_option_with_the_name_of_a_parameter_is_refused():
     schedule = LogSNR(lambda t, p: p["gamma"] * (1 - 2 * t), {"gamma": torch.tensor(10.0, dtype=F64)})
     with pytest.raises(ArgumentError, match="rename"):
         heun(RING.denoiser(schedule), given((2, 2)), [0.9, 0.5], churn=2.0, seed=1)
+
+
+def test_what_a_step_remembers():
+    """None at first, then what it returned."""
+    seen = []
+
+    def step(denoiser, x, span, z, memory):
+        seen.append(memory)
+        return x, x + 1
+
+    step.remembers = True
+    walk(RING.denoiser(VP()), given((2, 2)), [1.0, 0.7, 0.5], step, draws=False)
+    assert seen[0] is None
+    assert torch.equal(seen[1], given((2, 2)) + 1)
 
 
 def test_a_step_that_remembers_says_so():

@@ -145,6 +145,27 @@ def test_the_prior_moves_with_the_schedule(step, options):
     assert float(by_autograd) == pytest.approx(differences, rel=1e-6)
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("method", ["adjoint", "torchsde_adjoint"])
+def test_adjoints_know_of_the_starting_noise(method, eta):
+    """They look at the end of a step, where the coefficients have jumped already: the limit from the left is theirs."""
+    schedule, gaps = VE(0.1, 3.0), []
+    law = Gaussian(ONE, 0.25 * ONE).denoiser(schedule)
+    for n in (32, 128):
+        grid = uniform_grid(schedule, n, t_min=0.3)
+        problem = sampler_problem(law, grid, lambda x: x[:, 0] ** 2, event=(1,), eta=eta)
+        one, two = (
+            ss.sensitivity(problem, n_paths=2000, method=m, audit=False, seed=1, wrt="sigma_max")
+            .gradient["sigma_max"]
+            .mean
+            for m in ("pathwise", method)
+        )
+        gaps.append(abs(float(one - two)) / abs(float(one)))
+    # order 1 in the mean: a quarter, and a half more for what differs between the grids
+    assert gaps[1] < 0.4 * gaps[0]
+    assert gaps[1] < 0.1
+
+
 def test_the_dtype_is_that_of_the_network():
     net = torch.nn.Linear(2, 2)
     denoiser = Denoiser(Thin(net), VP(), "v")
@@ -196,6 +217,34 @@ def test_derivatives_that_are_infinite_are_not_zero():
         for m in ("pathwise", "finite_difference")
     )
     assert float(one) == pytest.approx(float(two), rel=1e-5)
+
+
+def test_from_no_signal_with_a_log_snr_of_ones_own():
+    """Infinite at both ends: DDIM, ancestral too, has derivatives in its parameter, as a function and as a problem."""
+
+    def line(a):
+        return LogSNR(lambda t, p: p["a"] * (torch.log1p(-t) - torch.log(t)), {"a": a})
+
+    law, grid, z = Gaussian(ONE, 0.25 * ONE), torch.linspace(1, 0, 9, dtype=F64), torch.ones(8, 4, 1, dtype=F64)
+    x = torch.linspace(-1, 1, 4, dtype=F64)[:, None]
+    for eta in (0.0, 0.5, 1.0):
+
+        def total(a, eta=eta):
+            return ddim(law.denoiser(line(a)), x, grid, eta=eta, noise=z).sum()
+
+        leaf = torch.tensor(2.0, dtype=F64, requires_grad=True)
+        (slope,) = torch.autograd.grad(total(leaf), leaf)
+        h = 1e-5
+        differences = (total(leaf.detach() + h) - total(leaf.detach() - h)) / (2 * h)
+        assert float(slope) == pytest.approx(float(differences), rel=1e-6)
+        problem = sampler_problem(
+            law.denoiser(line(leaf.detach())), grid, reward_of_one, step=ddim_step, x=x[0], eta=eta
+        )
+        one, two = (
+            ss.sensitivity(problem, n_paths=16, wrt="a", method=m, audit=False).gradient["a"].mean
+            for m in ("pathwise", "finite_difference")
+        )
+        assert float(one) == pytest.approx(float(two), rel=1e-5)
 
 
 def reward_of_one(x):

@@ -62,18 +62,29 @@ class Starting:
 
     after: Backwards
     beginning: Beginning
-    remembers: bool = False
+
+    def drift(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
+        """Nothing, then that of the reverse SDE."""
+        return first_or(t, lambda: torch.zeros_like(x), lambda: self.after.drift(t, x, p))
+
+    def diffusion(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
+        """The standard deviation of the starting noise, then eta g."""
+        return first_or(t, lambda: self.beginning(p, x), lambda: self.after.diffusion(t, x, p))
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """Coefficients of a chain that moves by its step alone: they only say how many Brownian motions there are."""
+
+    beginning: Beginning
 
     def drift(self, t: Tensor, y: Tensor, p: Params) -> Tensor:
-        """Nothing, then that of the reverse SDE."""
-        x = unpack(y, self.remembers)
-        return pack(first_or(t, lambda: torch.zeros_like(x), lambda: self.after.drift(t, x, p)), None, self.remembers)
+        """Nothing."""
+        return torch.zeros_like(y)
 
     def diffusion(self, t: Tensor, y: Tensor, p: Params) -> Tensor:
-        """The standard deviation of the starting noise, then eta g."""
-        x = unpack(y, self.remembers)
-        g = first_or(t, lambda: self.beginning(p, x), lambda: self.after.diffusion(t, x, p))
-        return pack(g, None, self.remembers)
+        """The standard deviation of the starting noise."""
+        return self.beginning(p, y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +105,15 @@ class Chain:
             return pack(x + self.beginning(p, x) * z, None, self.remembers)
 
         def move() -> Tensor:
-            now = torch.clamp(t, min=1.0)  # where this branch is not taken it is a step all the same, with finite derivatives
+            now = torch.clamp(
+                t, min=1.0
+            )  # where this branch is not taken it is a step all the same, with finite derivatives
             times = (self.clock(s)[0] for s in (torch.clamp(now - dt, min=1.0), now, now + dt))
-            memory, options = y[:, 1] if self.remembers else None, {name: p[name] for name in self.options}
+            first = concrete(now) and now.item() == 1  # under a transform nobody knows, and the memory is zeros
+            memory, options = (
+                y[:, 1] if self.remembers and not first else None,
+                {name: p[name] for name in self.options},
+            )
             found = self.step(self.denoiser.with_params(p), x, Span(*times), z / dt.sqrt(), memory, **options)
             return pack(*check_step(found, x, self.remembers), self.remembers)
 
@@ -182,11 +199,11 @@ def sampler_sde(
         if not (concrete(tensors["eta"]) and tensors["eta"].item() == 0):
             require_finite(schedule, float(grid[0]), tensors["eta"])
         plain = Starting(Backwards(denoiser, clock), beginning)
-        return SDE(plain.drift, plain.diffusion, params)
+        return SDE(plain.drift, plain.diffusion, params, piecewise=True)
     remembers = bool(getattr(step, "remembers", False))
-    stated = Starting(Backwards(denoiser, clock), beginning, remembers)
+    standing = Standing(beginning)
     chain = Chain(step, denoiser, clock, beginning, tuple(tensors), remembers)
-    return SDE(stated.drift, stated.diffusion, params, step=chain)
+    return SDE(standing.drift, standing.diffusion, params, step=chain)
 
 
 def check_options(denoiser: Predictor, step: Step | None, options: dict[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sdesens.diffusion.checks import number
 from sdesens.diffusion.conversions import (
@@ -189,7 +190,7 @@ class Denoiser(Predictor):
 
     def __repr__(self) -> str:
         what = repr(self.prediction) if self.sigma_data is None else f"sigma_data={shown(self.sigma_data)}"
-        size = sum(v.numel() for v in self.weights.values())
+        size = sum(v.numel() for v in self.weights.values() if not is_lazy(v))
         name = getattr(self.net, "__name__", type(self.net).__name__)
         return f"Denoiser({name} of {size} parameters, {self.schedule!r}, {what})"
 
@@ -230,7 +231,11 @@ class Denoiser(Predictor):
     def _call(self, x: Tensor, t: Tensor) -> Tensor:
         like(t, x)  # one time for all rows, or one each
         wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 would move t by 2e-3
-        args = [x, t.to(x.device, wide).expand(len(x)).clone()]
+        seen = concrete(x) and not x.is_inference()
+        args = [
+            x if seen else x.clone(),
+            t.to(x.device, wide).expand(len(x)).clone(),
+        ]  # a network may write into what is its own
         if self.cond is not None:
             args.append(self._rows(self.cond.to(x.device), len(x)))
         elif self.null is not None:
@@ -241,6 +246,10 @@ class Denoiser(Predictor):
         try:
             out = self._answer(args)
         except RuntimeError as error:
+            if "in-place operation" in str(error):
+                raise NotAFunctionError(
+                    f"`net` writes into its input: use inplace=False, or work on a copy. torch says: {error}"
+                ) from error
             weights = {v.dtype for v in self.weights.values()} - {x.dtype}
             if not weights or torch.is_autocast_enabled(x.device.type):
                 raise

@@ -54,6 +54,7 @@ def prior(
     """
     check_schedule("schedule", schedule)
     event, source = shape_of("event", event), fresh_source(seed, noise)
+    whole("first_path", first_path, 0, hint="it is the index of the first row")
     n, dim = whole("n", n, hint="it is a number of samples"), torch.Size(event).numel()
     z = source.normals(first_path, n, 0, 1, dim, dtype=dtype, device=torch.device(device))[0]
     return z.reshape(n, *event) * like(schedule.prior_std, z)

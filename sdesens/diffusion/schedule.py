@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.checks import parameter
+from sdesens.diffusion.checks import parameter, whole
 from sdesens.diffusion.summary import Summary, prior_gap, summarise
 from sdesens.diffusion.values import like, reals, rebound, root, same, shown
 from sdesens.errors import ArgumentTypeError, GridError, ShapeError
@@ -224,6 +224,7 @@ class Schedule(ABC):
         torch.Size([3, 5, 2])
         """
         check_state("x0", x0, batched=True)
+        whole("first_path", first_path, 0, hint="it is the index of the first row")
         source, ts = settle(seed, noise), self.time(ts)
         if ts.dim() != 1 or not bool((ts.diff() > 0).all()):
             raise GridError(f"`ts` must increase strictly, shape (T,), got {ts.tolist()}: sort it and drop repeats.")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sdesens.diffusion.attached import networks
 from sdesens.diffusion.chain import pack, sampler_sde, unpack
 from sdesens.diffusion.checks import shape_of
 from sdesens.diffusion.predict import NET, Predictor
@@ -49,9 +50,8 @@ class Start:
 
 def check_shared(denoiser: Predictor) -> None:
     """Raise ShapeError for a condition of one row each: paths are many, and share it."""
-    for branch in (denoiser, getattr(denoiser, "conditional", None), getattr(denoiser, "unconditional", None)):
-        cond = getattr(branch, "cond", None)
-        if isinstance(cond, Tensor) and cond.dim():
+    for cond in (network.cond for network in networks(denoiser)):
+        if cond is not None and cond.dim():
             raise ShapeError(
                 f"`denoiser` has a condition of shape {tuple(cond.shape)}: all samples of a problem share one, give a 0-dim tensor."
             )

@@ -12,8 +12,8 @@ ancestral sampling, q(x_u | x_t, x_0); with eta = 0 it is Euler's method in the 
 
     step(denoiser, x, span, z, memory, **options) -> (x_u, memory)
 
-of x (B, *event), standard normals z of its shape, and what it remembers of the step before: None at first, then what it returned,
-a tensor like x. One that remembers says so: `step.remembers = True`. Options are numbers or 0-dim tensors, and gradients flow to them.
+of x (B, *event), standard normals z of its shape, and what it remembers of the step before: None at first (zeros under transforms of
+torch.func, where span.before equals span.t), then what it returned, a tensor like x. One that remembers says so: `step.remembers = True`. Options are numbers or 0-dim tensors, and gradients flow to them.
 
 References: J. Song et al., 2010.02502 (1); T. Karras et al., 2206.00364 (2, 3); C. Lu et al., 2211.01095 (4).
 """
@@ -73,7 +73,11 @@ def ddim_update(schedule: Schedule, x0: Tensor, eps: Tensor, t: Tensor, u: Tenso
     eta = torch.as_tensor(eta, dtype=torch.float64)
     # to sigma = 0 nothing of eps is kept, whatever eta; elsewhere sqrt' may be infinite and has to say so
     left = torch.where(sigma_u == 0, 1.0, (1 - eta**2) + (eta * rho) ** 2)
-    keep, fresh = left.sqrt(), eta * root(1 - rho**2)  # rho = 1 is no step at all
+    ancestral = (
+        concrete(eta) and not eta.requires_grad and eta.item() == 1
+    )  # then left is rho^2, whose root has no derivative at 0
+    keep = torch.where(sigma_u == 0, 1.0, rho) if ancestral else left.sqrt()
+    fresh = eta * root(1 - rho**2)  # rho = 1 is no step at all
     return like(alpha_u, x0) * x0 + like(sigma_u * keep, x0) * eps + like(sigma_u * fresh, x0) * z
 
 

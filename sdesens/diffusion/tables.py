@@ -143,7 +143,8 @@ class Table(ByRate):
     Parameters
     ----------
     alphas_cumprod : Tensor, shape (T,)
-        alpha^2 at t = (i + 1)/T: in (0, 1), falling. The last may be 0: no signal is left at the end.
+        alpha^2 at t = (i + 1)/T: in (0, 1), falling. The last may be 0: no signal is left at the end, and the derivative in that
+        entry, which is infinite, is given as 0.
 
     Example
     -------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdesens.diffusion.chain import pack, sampler_sde, unpack
+from sdesens.diffusion.checks import whole
 from sdesens.diffusion.predict import Predictor
 from sdesens.diffusion.steps import Step
 from sdesens.errors import ArgumentError, NonFiniteError, ShapeError
@@ -114,6 +115,7 @@ def _normals(noise, seed: int | None, first_path: int, n: int, x: Tensor, draws:
             )
         return lambda k: noise[k - 1].to(x)
     source, dim = fresh_source(seed, noise), x[0].numel()
+    whole("first_path", first_path, 0, hint="it is the index of the first row")
     if not draws:
         return lambda k: torch.zeros_like(x)
     size = max(1, min(BLOCK, NUMBERS // max(1, x.numel())))

@@ -26,7 +26,7 @@ from sdesens.integrate.kernel import Clock, Stretch
 from sdesens.noise.source import Draw
 from sdesens.problem import Theta
 from sdesens.rewrite import diffusion_derivative
-from sdesens.sde import SDE, noise_product, require_euler
+from sdesens.sde import LEFT, SDE, noise_product, require_euler
 from sdesens.sensitivity.tile import (
     Contributions,
     Tile,
@@ -136,7 +136,7 @@ def retreat_kernel(
 def increment(dynamics: Dynamics, n: int | Tensor, x: Tensor, z: Tensor, corrected: bool) -> Tensor:
     """Equation (1) for the step from t_n to t_{n+1}, at x (B, *event) with normals z (B, m)."""
     sde, p, dt = dynamics.sde, dynamics.p, dynamics.dt.to(x.dtype)
-    t = (dynamics.t0 + (n + 1) * dynamics.dt).to(x.dtype)
+    t = (dynamics.t0 + (n + 1 - (LEFT if sde.piecewise else 0.0)) * dynamics.dt).to(x.dtype)
     root = dt.sqrt()
     g = sde.diffusion(t, x, p)
     M = sde.drift(t, x, p) * dt + noise_product(sde, g, z * root)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError
 from sdesens.problem import Theta
-from sdesens.sde import require_euler
+from sdesens.sde import LEFT, require_euler
 from sdesens.sensitivity.tile import (
     Contributions,
     Tile,
@@ -80,6 +80,10 @@ class _Wrapped:
 
     def _call(self, coefficient, t, y):
         tile, problem = self.tile, self.tile.problem
+        if (
+            problem.sde.piecewise and torch.is_grad_enabled()
+        ):  # backwards, at the end of a step; forwards there is no grad
+            t = t - LEFT * problem.dt
         t = t.to(y.dtype)
         x = tile.per_group(y.reshape(tile.count, *problem.initial({}).shape))
 
