@@ -55,6 +55,7 @@ class Sensitivity:
     method : str
     n_paths, n_steps, first_path : int
     seconds : float
+        Of which `looked` went by before the run, on checks and the audit.
     """
 
     value: Estimate
@@ -70,6 +71,7 @@ class Sensitivity:
     fingerprint: str = ""  # of problem and noise: runs that merge have the same
     audit: Audit | None = None
     tried: Mapping[str, Trial] = field(default_factory=dict)
+    looked: float = 0.0
 
     @cached_property
     def tails(self) -> dict[str, Tail]:
@@ -102,6 +104,8 @@ class Sensitivity:
 
     def __repr__(self) -> str:
         lines = [f"Sensitivity by {self.method}, {self.n_paths} paths x {self.n_steps} steps, {self.seconds:.2f} s"]
+        if self.audit is not None and self.looked > max(1.0, 0.5 * self.seconds):
+            lines[0] += f", {self.looked:.2f} s of them to look for jumps (audit=False does not)"
         rows = {"value": self.value, **{f"d/d {k}": v for k, v in self.gradient.items()}}
         width = max(map(len, rows))
         bias = (
@@ -223,8 +227,9 @@ def sensitivity(
     run, seen, tried = _prepare(
         problem, n_paths, method, wrt, seed, noise, first_path, bias, tile_paths, compile, check, audit, options
     )  # fmt: skip
+    looked = time.perf_counter() - began
     blocks = carry_out(run, executor, progress)
-    return replace(_assemble(blocks, run, time.perf_counter() - began), audit=seen, tried=tried)
+    return replace(_assemble(blocks, run, time.perf_counter() - began), audit=seen, tried=tried, looked=looked)
 
 
 def merge(*results: Sensitivity) -> Sensitivity:

@@ -328,3 +328,12 @@ def test_horizon_and_steps_of_a_result():
 def test_memory_does_not_hold_the_path(method):
     """4,000 paths by 10,000 steps: 320 MB of states if they were kept, 20 MB of boundaries as they are."""
     assert peak_megabytes(method, 4_000, 10_000) < 120
+
+
+def test_the_repr_says_what_the_audit_took():
+    """Where looking for jumps took longer than the run, and more than a second, it is said with its remedy."""
+    result = sensitivity(smooth("diagonal", 0, n_steps=4, outputs=(0, 4)), n_paths=100, seed=1)
+    assert 0 < result.looked <= result.seconds
+    assert "audit=False" in repr(replace(result, seconds=10.0, looked=9.0))
+    assert "audit=False" not in repr(replace(result, seconds=10.0, looked=1.0))
+    assert "audit=False" not in repr(replace(result, seconds=0.2, looked=0.19))

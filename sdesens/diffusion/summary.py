@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sdesens.diffusion.schedule import Schedule
 
 TOO_FAR = 1e-2  # nats a dimension
+ONE_POINT = "one data point of length sqrt(d)"
 FIRST_TIME = 1e-5  # of t_max, where training and likelihoods begin: at t = 0 there is no noise to predict
 
 
@@ -41,6 +42,8 @@ class Summary:
     prior_std : float
     prior_gap : float
         Nats a dimension, equation (1).
+    data : str
+        For which data that is.
     """
 
     schedule: str
@@ -49,6 +52,7 @@ class Summary:
     terminal_snr: float
     prior_std: float
     prior_gap: float
+    data: str = ONE_POINT
 
     def __repr__(self) -> str:
         first, last = self.log_snr
@@ -59,6 +63,7 @@ class Summary:
                 f"  log-SNR       {first:.4g} at {FIRST_TIME * self.t_max:.4g}, {last:.4g} at the end",
                 f"  terminal SNR  {self.terminal_snr:.4g}",
                 f"  prior         N(0, {self.prior_std:.6g}^2), {self.prior_gap:.2e} nats a dimension from the law at the end",
+                f"                for {self.data}",
             )
         )
 
@@ -130,7 +135,9 @@ def summarise(schedule: "Schedule", mean=None, cov=None) -> Summary:
         gap = prior_gap(schedule, mean, cov).item()
         last = schedule.log_snr(end).item()
         first = schedule.log_snr(FIRST_TIME * end).item()
-        found = Summary(repr(schedule), schedule.t_max, (first, last), math.exp(last), schedule.prior_std.item(), gap)
+        data = ONE_POINT if mean is None and cov is None else "data of the mean and covariance given"
+        std = schedule.prior_std.item()
+        found = Summary(repr(schedule), schedule.t_max, (first, last), math.exp(last), std, gap, data)
     if gap > TOO_FAR:
         warnings.warn(
             f"{found.schedule} ends at SNR {found.terminal_snr:.3g}, {gap:.3g} nats a dimension from the prior that sampling starts "
