@@ -65,6 +65,11 @@ def concrete(x: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x) or x.is_meta)
 
 
+def writes(x: Tensor) -> int:
+    """How often x was written into, as far as torch counts it: not in inference mode, nor under transforms."""
+    return x._version if concrete(x) and not x.is_inference() else 0
+
+
 def transforming() -> bool:
     """Whether a transform of torch.func, or torch's forward mode, is under way, even if not on the tensors at hand."""
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0

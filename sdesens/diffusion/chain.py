@@ -127,20 +127,25 @@ def first_or(t: Tensor, start: Callable[[], Tensor], move: Callable[[], Tensor])
     return torch.where(t < START, start(), move())
 
 
-def pack(x: Tensor, memory: Tensor | None, remembers: bool) -> Tensor:
+def remembers(sde: SDE) -> bool:
+    """Whether the states of a sampler's SDE hold a memory beside x."""
+    return isinstance(sde.step, Chain) and sde.step.remembers
+
+
+def pack(x: Tensor, memory: Tensor | None, remembering: bool) -> Tensor:
     """The chain's state: x, or x and what is remembered, (B, 2, *event)."""
-    return torch.stack((x, torch.zeros_like(x) if memory is None else memory), 1) if remembers else x
+    return torch.stack((x, torch.zeros_like(x) if memory is None else memory), 1) if remembering else x
 
 
-def unpack(y: Tensor, remembers: bool) -> Tensor:
+def unpack(y: Tensor, remembering: bool) -> Tensor:
     """x of the chain's state."""
-    return y[:, 0] if remembers else y
+    return y[:, 0] if remembering else y
 
 
-def check_step(found, x: Tensor, remembers: bool) -> tuple[Tensor, Tensor | None]:
+def check_step(found, x: Tensor, remembering: bool) -> tuple[Tensor, Tensor | None]:
     """What a step returned; raise ShapeError unless it is (x_u, memory) as promised."""
     fits = isinstance(found, tuple) and len(found) == 2 and getattr(found[0], "shape", None) == x.shape
-    if not fits or getattr(found[1], "shape", None) != (x.shape if remembers else None):
+    if not fits or getattr(found[1], "shape", None) != (x.shape if remembering else None):
         raise ShapeError(
             f"`step` must return (x_u, memory), x_u of the shape of x, {tuple(x.shape)}, and memory None, or like x if step.remembers "
             f"is True; got {found!r:.80}."
@@ -188,21 +193,19 @@ def sampler_sde(
     check_predictor("denoiser", denoiser)
     schedule = denoiser.schedule
     grid = check_grid(schedule, grid)
-    tensors = {
-        name: parameter(name, value) for name, value in {**({"eta": 1.0} if step is None else {}), **options}.items()
-    }
+    if step is None:
+        options = {"eta": 1.0, **options}
+    tensors = {name: parameter(name, value) for name, value in options.items()}
     check_options(denoiser, step, tensors)
     clock = GridClock(grid)
     beginning = Beginning(schedule, None if start is None else parameter("start", start))
     params = {**denoiser.params, **tensors}
     if step is None:
-        if not (concrete(tensors["eta"]) and tensors["eta"].item() == 0):
-            require_finite(schedule, float(grid[0]), tensors["eta"])
+        require_finite(schedule, float(grid[0]), tensors["eta"])
         plain = Starting(Backwards(denoiser, clock), beginning)
         return SDE(plain.drift, plain.diffusion, params, piecewise=True)
-    remembers = bool(getattr(step, "remembers", False))
     standing = Standing(beginning)
-    chain = Chain(step, denoiser, clock, beginning, tuple(tensors), remembers)
+    chain = Chain(step, denoiser, clock, beginning, tuple(tensors), bool(getattr(step, "remembers", False)))
     return SDE(standing.drift, standing.diffusion, params, step=chain)
 
 

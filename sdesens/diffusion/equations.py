@@ -49,7 +49,7 @@ class Reversed:
 
 @dataclass(frozen=True, eq=False)
 class Backwards:
-    """Coefficients of equation (2) on a clock; eta is 0 if p has none."""
+    """Coefficients of equation (2) on a clock."""
 
     denoiser: Predictor
     clock: Clock
@@ -58,12 +58,10 @@ class Backwards:
         """-[u - eta^2/2 g^2 s], per unit of the clock."""
         denoiser = self.denoiser.with_params(p)
         time, speed = self.clock(t)
-        return -like(speed, x) * velocity(denoiser, x, time, -(p["eta"] ** 2) if "eta" in p else 0)
+        return -like(speed, x) * velocity(denoiser, x, time, -(p["eta"] ** 2))
 
     def diffusion(self, t: Tensor, x: Tensor, p: Params) -> Tensor:
         """eta g, per square root of the clock's unit."""
-        if "eta" not in p:
-            return torch.zeros_like(x)
         time, speed = self.clock(t)
         schedule = self.denoiser.schedule.with_params(p)
         return like(damped(p["eta"], schedule.g(time)) * speed.sqrt(), x).expand_as(x)
@@ -99,19 +97,17 @@ class Plain:
         return like(self.schedule.with_params(p).g(t), x).expand_as(x)
 
 
-def velocity(denoiser: Predictor, x: Tensor, t: Tensor, eta2: Tensor | float) -> Tensor:
+def velocity(denoiser: Predictor, x: Tensor, t: Tensor, eta2: Tensor) -> Tensor:
     """u + eta2 g^2 s / 2, (B, *event), from one evaluation of the denoiser."""
     schedule = denoiser.schedule
     t = schedule.time(t)
-    up = schedule.rates(t)
-    if isinstance(eta2, Tensor) or eta2:  # for eta = 0 the coefficients stay finite where those of the SDE do not
-        up = up[0], up[1] - damped(eta2, schedule.g2(t)) / (2 * schedule.sigma(t))
-    return combine(*denoiser.pair(x, t), up)
+    a, b = schedule.rates(t)
+    return combine(*denoiser.pair(x, t), (a, b - damped(eta2, schedule.g2(t)) / (2 * schedule.sigma(t))))
 
 
-def damped(eta: Tensor | float, g: Tensor) -> Tensor:
+def damped(eta: Tensor, g: Tensor) -> Tensor:
     """eta g, and 0 where no noise meets an infinite coefficient; there the derivative in eta is NaN, as it does not exist."""
-    return torch.where((g == math.inf) & (torch.as_tensor(eta) == 0), 0.0, eta * g)
+    return torch.where((g == math.inf) & (eta == 0), 0.0, eta * g)
 
 
 def forward_sde(schedule: "Schedule", denoiser: Predictor | None, eta) -> SDE:
@@ -129,22 +125,21 @@ def forward_sde(schedule: "Schedule", denoiser: Predictor | None, eta) -> SDE:
     return SDE(forwards.drift, forwards.diffusion, {**denoiser.params, "eta": eta})
 
 
-def reverse_sde(schedule: "Schedule", denoiser: Predictor | None, eta, clock: Clock | None = None) -> SDE:
-    """See `Schedule.as_sde`; on another clock if one is given."""
+def reverse_sde(schedule: "Schedule", denoiser: Predictor | None, eta) -> SDE:
+    """See `Schedule.as_sde`."""
     eta = check_eta(eta)
     if denoiser is None:
         raise ArgumentError("`reverse=True` needs the score: give `denoiser`, a network or an exact law's.")
     check_denoiser(schedule, denoiser)
-    if clock is None:
-        if not (concrete(eta) and eta.item() == 0):
-            require_finite(schedule, schedule.t_max, eta)
-        clock = Reversed(schedule.t_max)
-    backwards = Backwards(denoiser, clock)
+    require_finite(schedule, schedule.t_max, eta)
+    backwards = Backwards(denoiser, Reversed(schedule.t_max))
     return SDE(backwards.drift, backwards.diffusion, {**denoiser.params, "eta": eta})
 
 
 def require_finite(schedule: "Schedule", start: float, eta: Tensor) -> None:
-    """Raise ArgumentError if the reverse SDE has infinite coefficients where it starts."""
+    """Raise ArgumentError if the reverse SDE has infinite coefficients where it starts; for eta = 0 it has none."""
+    if concrete(eta) and eta.item() == 0:
+        return
     g2 = schedule.g2(start)
     if concrete(g2) and not g2.item() < 1e12:
         raise ArgumentError(

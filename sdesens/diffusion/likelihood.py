@@ -27,7 +27,7 @@ from sdesens.diffusion.draws import check_items, first_time, item_normals
 from sdesens.diffusion.predict import Predictor, check_predictor
 from sdesens.diffusion.schedule import Schedule
 from sdesens.diffusion.streams import PROBES
-from sdesens.diffusion.values import like
+from sdesens.diffusion.values import bad_rows, like
 from sdesens.errors import ArgumentError, MethodError, NonFiniteError
 
 EXACT_UP_TO, N_PROBES = 64, 8
@@ -254,7 +254,7 @@ def _wants_gradient(denoiser: Predictor, x: Tensor) -> bool:
 
 
 def _check_finite(values: Tensor, what: str, remedy: str, time: float | None = None) -> None:
-    bad = (~torch.isfinite(values.detach())).flatten(1).any(1).nonzero()[:, 0].tolist()
+    bad = bad_rows(values)
     if bad:
         message = f"{what}, in {len(bad)} of {len(values)} rows, the first of them row {bad[0]}: {remedy}."
         raise NonFiniteError(message, paths=tuple(bad[:5]), n_bad=len(bad), time=time)

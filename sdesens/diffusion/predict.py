@@ -34,7 +34,7 @@ from sdesens.diffusion.values import like, rebound, shown
 from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, NotAFunctionError, ShapeError
 from sdesens.modules import Lent
 from sdesens.sde import Params, check_parameter
-from sdesens.tensors import concrete, describe
+from sdesens.tensors import concrete, describe, writes
 
 NET = "net."
 
@@ -231,18 +231,17 @@ class Denoiser(Predictor):
     def _call(self, x: Tensor, t: Tensor) -> Tensor:
         like(t, x)  # one time for all rows, or one each
         wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 would move t by 2e-3
-        seen = concrete(x) and not x.is_inference()
-        args = [
-            x if seen else x.clone(),
-            t.to(x.device, wide).expand(len(x)).clone(),
-        ]  # a network may write into what is its own
+        if not concrete(x) or x.is_inference():
+            x = x.clone()  # torch does not count what is written here: the network gets a copy of its own
+        args = [x, t.to(x.device, wide).expand(len(x)).clone()]
         if self.cond is not None:
             args.append(self._rows(self.cond.to(x.device), len(x)))
         elif self.null is not None:
             raise ArgumentError(
                 "the denoiser has `null` but no condition: use denoiser.given(cond), or guide(denoiser, scale, cond)."
             )
-        before = _writes(args[:1] + args[2:])
+        theirs = (x, *args[2:])  # the times are the network's own
+        before = [writes(a) for a in theirs]
         try:
             out = self._answer(args)
         except RuntimeError as error:
@@ -257,7 +256,7 @@ class Denoiser(Predictor):
                 f"`net` failed on states in {x.dtype}, and its weights are {', '.join(map(str, weights))}: give both one dtype, "
                 f"net.to(...) or x.to(...), or use torch.autocast. torch says: {error}"
             ) from error
-        if _writes(args[:1] + args[2:]) != before:
+        if [writes(a) for a in theirs] != before:
             raise NotAFunctionError(
                 "`net` writes into its input, x or the condition: use inplace=False, or work on a copy."
             )
@@ -280,8 +279,3 @@ class Denoiser(Predictor):
                 f"`cond` has {len(cond)} rows for a batch of {n}: give one a row, or a 0-dim tensor that all rows share."
             )
         return cond if cond.dim() else cond.expand(n)
-
-
-def _writes(args: list[Tensor]) -> list[int]:
-    """How often each was written into, as far as torch counts it."""
-    return [a._version if concrete(a) and not a.is_inference() else 0 for a in args]

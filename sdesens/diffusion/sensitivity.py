@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdesens.diffusion.attached import networks
-from sdesens.diffusion.chain import pack, sampler_sde, unpack
+from sdesens.diffusion.chain import pack, remembers, sampler_sde, unpack
 from sdesens.diffusion.checks import shape_of
 from sdesens.diffusion.predict import NET, Predictor
 from sdesens.diffusion.steps import Step
@@ -116,25 +116,23 @@ def sampler_problem(
         raise ArgumentError(
             "give `x`, the state at grid[0], or `event`, the shape of a sample, to start from the prior."
         )
+    if x is not None:
+        check_state("x", x)
     if "start" in options:
         raise ArgumentTypeError(
             "`start` is no option of a step: give `x`, or make the problem of `sampler_sde` yourself."
         )
+    sde = sampler_sde(denoiser, grid, step, start=None if x is None else 0.0, **options)
+    remembering = remembers(sde)
     y0: Tensor | Callable
-    if x is not None:
-        check_state("x", x)
-        sde = sampler_sde(denoiser, grid, step, start=0.0, **options)
-        if "x_T" in sde.params:
-            raise ArgumentError("the denoiser has a parameter called 'x_T', the name of the start: rename it.")
-        sde = replace(sde, params={**sde.params, "x_T": x})
-        remembers = getattr(sde.step, "remembers", False)
-        y0 = Start(remembers)
-    else:
-        sde = sampler_sde(denoiser, grid, step, **options)
-        remembers = getattr(sde.step, "remembers", False)
+    if x is None:
         weights = (v for k, v in denoiser.params.items() if k.startswith(NET))
         beside = next(weights, torch.zeros((), dtype=torch.float64))
         zeros = torch.zeros(1, *shape_of("event", event), dtype=dtype or beside.dtype, device=device or beside.device)
-        y0 = pack(zeros, None, remembers)[0]
+        y0 = pack(zeros, None, remembering)[0]
+    else:
+        if "x_T" in sde.params:
+            raise ArgumentError("the denoiser has a parameter called 'x_T', the name of the start: rename it.")
+        sde, y0 = replace(sde, params={**sde.params, "x_T": x}), Start(remembering)
     # the time 1 must lie on any grid that the problem is refined to: the starting noise is drawn in whole steps
-    return Problem(sde, Final(reward, remembers), y0, (0.0, 1.0, float(len(grid))), len(grid))
+    return Problem(sde, Final(reward, remembering), y0, (0.0, 1.0, float(len(grid))), len(grid))

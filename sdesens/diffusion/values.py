@@ -28,6 +28,11 @@ def like(a: Tensor, x: Tensor) -> Tensor:
     return a.to(x).reshape(-1, *[1] * (x.dim() - 1)) if a.dim() else a.to(x)
 
 
+def bad_rows(x: Tensor) -> list[int]:
+    """Which rows of x (B, *event) hold NaN or infinite values."""
+    return (~torch.isfinite(x.detach())).flatten(1).any(1).nonzero().flatten().tolist()
+
+
 def rebound(frozen, **values):
     """A copy of a frozen dataclass with other tensors in some of its fields, unchecked: in a time loop checks would cost more than steps."""
     new = copy(frozen)

@@ -10,10 +10,11 @@ from secrets import randbits
 import torch
 from torch import Tensor
 
-from sdesens.diffusion.chain import pack, sampler_sde, unpack
+from sdesens.diffusion.chain import pack, remembers, sampler_sde, unpack
 from sdesens.diffusion.checks import whole
 from sdesens.diffusion.predict import Predictor
 from sdesens.diffusion.steps import Step
+from sdesens.diffusion.values import bad_rows
 from sdesens.errors import ArgumentError, NonFiniteError, ShapeError
 from sdesens.integrate import scheme
 from sdesens.noise import Noise, Philox, settle
@@ -79,19 +80,20 @@ def walk(
     """
     check_state("x", x, batched=True)
     sde = sampler_sde(denoiser, grid, step, **(options or {}))
-    n, remembers = len(grid) - 1, getattr(sde.step, "remembers", False)
+    n, remembering = len(grid) - 1, remembers(sde)
     normals = _normals(noise, seed, first_path, n, x, draws)
-    y, one = pack(x, None, remembers), torch.ones((), dtype=torch.float64)  # time is told on the CPU, see Schedule.time
+    y = pack(x, None, remembering)
+    one = torch.ones((), dtype=torch.float64)  # time is told on the CPU, see Schedule.time
     failed = torch.zeros((), dtype=torch.int64, device=x.device)
     for k in range(1, n + 1):
         if callback is not None:
-            callback(k - 1, unpack(y, remembers))
-        dW = pack(normals(k), None, remembers).flatten(1)
+            callback(k - 1, unpack(y, remembering))
+        dW = pack(normals(k), None, remembering).flatten(1)
         y = scheme.step(sde, sde.params, one * k, one, y, dW).to(x.dtype)
         failed = torch.where((failed == 0) & ~torch.isfinite(y.detach()).all(), k, failed)
-    x = unpack(y, remembers)
+    x = unpack(y, remembering)
     if concrete(failed) and failed.item():
-        bad = (~torch.isfinite(x.detach())).flatten(1).any(1).nonzero().flatten().tolist()
+        bad = bad_rows(x)
         raise NonFiniteError(
             f"{len(bad)} of {len(x)} samples become infinite or NaN, the first in step {failed.item()} of {n}: look at the network's output "
             "there, or take more steps.",

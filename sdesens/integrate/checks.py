@@ -24,7 +24,7 @@ from sdesens.errors import (
 from sdesens.integrate import scheme
 from sdesens.noise import Philox
 from sdesens.sde import SDE, Coefficient, Params
-from sdesens.tensors import concrete
+from sdesens.tensors import concrete, writes
 
 PROBE_PATHS = 4
 PROBE_STREAM = 0xFFFFFFFF  # away from any stream that a run uses
@@ -92,9 +92,9 @@ def check_shapes(sde: SDE, p: Params, t: Tensor, y: Tensor) -> int:
 def check_structure(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:
     """Check that drift and diffusion are functions path by path, and that `noise_type` tells the truth, at states y."""
     for name in ("drift", "diffusion"):
-        function, written = getattr(sde, name), _writes(y)
+        function, written = getattr(sde, name), writes(y)
         once, again = function(t, y, p), function(t, y, p)
-        _check_repeatable(f"{name}(t, y, p)", once, again, _writes(y) != written)
+        _check_repeatable(f"{name}(t, y, p)", once, again, writes(y) != written)
         if once.dim() == 2 and sde.noise_type == "additive" and name == "diffusion":
             continue
         _check_rows(f"{name}(t, y, p)", once, [function(t, y[i : i + 1], p) for i in range(y.shape[0])])
@@ -104,7 +104,7 @@ def check_structure(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:
 
 def check_step(sde: SDE, p: Params, t: Tensor, dt: Tensor, y: Tensor, dW: Tensor) -> None:
     """Check one step by the SDE's own scheme from y (B, *event): what it returns, and that it is a function path by path."""
-    name, written = "step(sde, p, t, dt, y, dW)", _writes(y)
+    name, written = "step(sde, p, t, dt, y, dW)", writes(y)
     once, again = (scheme.step(sde, p, t, dt, y, dW) for _ in range(2))
     _check_tensor(name, once, y)
     if once.shape != y.shape:
@@ -112,7 +112,7 @@ def check_step(sde: SDE, p: Params, t: Tensor, dt: Tensor, y: Tensor, dW: Tensor
             f"`{name}` returned shape {tuple(once.shape)} for y of shape {tuple(y.shape)}: it must return the next state, in the "
             "shape of y."
         )
-    _check_repeatable(name, once, again, _writes(y) != written)
+    _check_repeatable(name, once, again, writes(y) != written)
     rows = [slice(i, i + 1) for i in range(y.shape[0])]
     _check_rows(name, once, [scheme.step(sde, p, t, dt, y[i], dW[i]) for i in rows])
 
@@ -158,11 +158,6 @@ def _check_rows(name: str, once: Tensor, rows: list[Tensor]) -> None:
             f"`{name}` mixes paths: a path alone gives another result than the same path in a batch. Row i of "
             "the result may depend on row i of y only (reduce over dim=1, not over dim=0)."
         )
-
-
-def _writes(y: Tensor) -> int:
-    """How often y was written into, as far as torch counts it."""
-    return 0 if y.is_inference() else y._version
 
 
 def _check_jacobian(sde: SDE, p: Params, t: Tensor, y: Tensor) -> None:

@@ -80,9 +80,8 @@ class _Wrapped:
 
     def _call(self, coefficient, t, y):
         tile, problem = self.tile, self.tile.problem
-        if (
-            problem.sde.piecewise and torch.is_grad_enabled()
-        ):  # backwards, at the end of a step; forwards there is no grad
+        # torchsde records the graph backwards only, and there it looks at the end of a step
+        if problem.sde.piecewise and torch.is_grad_enabled():
             t = t - LEFT * problem.dt
         t = t.to(y.dtype)
         x = tile.per_group(y.reshape(tile.count, *problem.initial({}).shape))
