@@ -14,6 +14,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from diffusion_cases import D, call, identity, scalar
 from problems import slope
 from scipy.integrate import quad
 from torch import nn
@@ -36,12 +37,6 @@ from sdesens.diffusion import (
     guide,
 )
 from sdesens.errors import ArgumentError, ArgumentTypeError, GridError, NonFiniteError
-
-D = torch.float64
-
-
-def scalar(x, dtype=D) -> torch.Tensor:
-    return torch.tensor(x, dtype=dtype)
 
 
 def straight(t, p):
@@ -611,14 +606,6 @@ def test_equations_pickle():
 
 
 # Bad input
-
-
-def call(function, *args, **kwargs):
-    return lambda: function(*args, **kwargs)
-
-
-def identity(x, t):
-    return x
 
 
 MADE = Denoiser(identity, VP(), "v")

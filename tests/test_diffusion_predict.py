@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from diffusion_cases import D, call, identity, scalar
 from torch import nn
 
 from sdesens.diffusion import (
@@ -26,12 +27,7 @@ from sdesens.diffusion import (
 from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, GridError, NotAFunctionError, ShapeError
 from sdesens.modules import Lent
 
-D = torch.float64
 KINDS = ("eps", "x0", "v", "score", "velocity")
-
-
-def scalar(x, dtype=D) -> torch.Tensor:
-    return torch.tensor(x, dtype=dtype)
 
 
 def normals(*shape, seed=0) -> torch.Tensor:
@@ -462,14 +458,6 @@ def test_clipping_recomputes_the_noise():
 
 
 # Bad input
-
-
-def identity(x, t):
-    return x
-
-
-def call(function, *args, **kwargs):
-    return lambda: function(*args, **kwargs)
 
 
 def wide(x, t):

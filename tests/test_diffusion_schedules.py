@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusion_cases import D, call, scalar
 from scipy.integrate import quad
 from torch import nn
 from torch.func import functional_call, jacfwd, jacrev
@@ -14,12 +15,7 @@ from sdesens.diffusion import EDM, VE, VP, CondOT, Cosine, Discrete, LogSNR, Sch
 from sdesens.diffusion.values import like
 from sdesens.errors import ArgumentError, ArgumentTypeError, DtypeError, GridError, PriorGapWarning, ShapeError
 
-D = torch.float64
 EPS = 2.0**-53
-
-
-def scalar(x, dtype=D) -> torch.Tensor:
-    return torch.tensor(x, dtype=dtype)
 
 
 def ddpm(T: int) -> torch.Tensor:
@@ -489,10 +485,6 @@ def test_times_of_another_shape():
     for t in (scalar([0.1, 0.2]), scalar([0.1]), scalar([[0.1], [0.2], [0.3]])):
         with pytest.raises(ShapeError, match="give each row its own, or one for all"):
             VP().reparameterise(x, t, x)
-
-
-def call(function, *args, **kwargs):
-    return lambda: function(*args, **kwargs)
 
 
 BAD = {
