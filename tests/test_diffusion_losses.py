@@ -107,6 +107,17 @@ def test_no_number_is_used_twice():
     assert not torch.equal(draw_noise(1, 1, (50, 4))[:-1], draw_noise(1, 0, (50, 4))[1:])
 
 
+def test_several_steps_at_once_are_those_steps():
+    steps = range(5, 9)
+    together = draw_noise(3, steps, (6, 2, 5)), draw_uniforms(3, steps, 6), keep_label(3, steps, 6, 0.5)
+    one_by_one = [(draw_noise(3, k, (6, 2, 5)), draw_uniforms(3, k, 6), keep_label(3, k, 6, 0.5)) for k in steps]
+    for many, singles in zip(together, zip(*one_by_one, strict=True), strict=True):
+        assert torch.equal(many, torch.stack(singles))
+    for wrong in (range(0), range(4, 2), range(0, 4, 2), range(-1, 2), range(2**31, 2**31 + 1)):
+        with pytest.raises(ArgumentError, match="neighbouring steps"):
+            draw_noise(3, wrong, (6,))
+
+
 def test_normals_are_normal_and_purposes_independent():
     n = 40_000
     z = draw_noise(5, 3, (n, 2), dtype=D)

@@ -9,6 +9,7 @@ TIMES = 0x64736D10  # training: the place of an item's time in its stratum
 TURN = 0x64736D20  # training: how far strata are turned, one number a step
 NOISE = 0x64736D30  # training: eps
 DROP = 0x64736D40  # training: whether an item loses its condition
+ORDER = 0x64736DB0  # training: the order of the data, one permutation an epoch
 PROBES = 0x64736D50  # likelihood: signs of an estimated divergence
 CELLS = 0x64736D60  # dequantisation: the place in a cell
 DATA = 0x64736D70  # laws: draws of x_0 by a seed

@@ -146,19 +146,22 @@ class Philox:
     def normals(self, first, count, step, n_steps, dim, *, dtype, device):
         if first < 0 or first + count > 2**63:
             raise ArgumentError(f"paths {first} ... {first + count - 1} lie outside 0 ... 2^63 - 1.")
+        return self.at(first + torch.arange(count, dtype=torch.int64, device=device), step, n_steps, dim, dtype)
+
+    def at(self, paths: Tensor, step: int, n_steps: int, dim: int, dtype: torch.dtype) -> Tensor:
+        """Normals of any paths, int64 indices (count,), on their device: shape (n_steps, count, dim), as `normals`."""
         begin, end = step * dim, (step + n_steps) * dim  # flat indices j
         if step < 0 or end > 2**34:
             raise ArgumentError(
                 f"steps x noise dimension = {end} exceeds 2^34 normals a path: use fewer steps, or another `stream`."
             )
-        quads = torch.arange(begin // 4, -(-end // 4), dtype=torch.int64, device=device)[:, None]
-        paths = first + torch.arange(count, dtype=torch.int64, device=device)
-        stream = torch.full((), self.stream, dtype=torch.int64, device=device)
+        quads = torch.arange(begin // 4, -(-end // 4), dtype=torch.int64, device=paths.device)[:, None]
+        stream = torch.full((), self.stream, dtype=torch.int64, device=paths.device)
         words = philox4x32((paths, paths >> 32, quads, stream), (self.seed & MASK, (self.seed >> 32) & MASK))
         wide = dtype if dtype in (torch.float32, torch.float64) else torch.float32
         z = torch.stack(box_muller(words, wide), dim=1).flatten(0, 1)  # (4 quads, count)
         z = z[begin % 4 : begin % 4 + end - begin].to(dtype)
-        return z.view(n_steps, dim, count).transpose(1, 2).contiguous()
+        return z.view(n_steps, dim, len(paths)).transpose(1, 2).contiguous()
 
     def fused(self, device: torch.device) -> Fused:
         """This source inside a kernel."""
