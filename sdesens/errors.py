@@ -126,3 +126,11 @@ class PriorGapWarning(UserWarning):
 
 class MemoryWarning(UserWarning):
     """A sampler remembers its starting noise, so that tuning it by adjoint matching aims at the wrong law."""
+
+
+class CheckpointError(ArgumentError):
+    """A checkpoint is missing, incomplete, altered, or of another run."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint was refused, and the one before it is used."""

@@ -168,7 +168,7 @@ def test_models_lists_all():
 
 
 def test_module_runs_as_a_program():
-    done = subprocess.run([sys.executable, "-m", "sdesens.cli", "check", "nonsense"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "sdesens", "check", "nonsense"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "neither a built-in problem" in done.stderr
 

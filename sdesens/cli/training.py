@@ -1,0 +1,143 @@
+"""`sdesens train`, `sdesens sample`, `sdesens report` and `sdesens steer`."""
+
+import inspect
+import json
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sdesens.cli.common import console, plain
+from sdesens.errors import ArgumentError
+from sdesens.training.config import RECIPES, TrainConfig, recipe
+from sdesens.training.data import Data
+from sdesens.training.pictures import is_image, require_matplotlib, save_samples
+from sdesens.training.ranks import choose_device
+from sdesens.training.report import level_table, make_report, table
+from sdesens.training.run import open_run
+from sdesens.training.samples import draw_samples
+from sdesens.training.train import train as train_run
+
+OUT = Annotated[Path | None, typer.Option(help="The run's directory; runs/NAME if left out.")]
+DEVICE = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+RUN = Annotated[Path, typer.Argument(help="Directory of a run of `sdesens train`.")]
+
+
+def _options(given: type) -> dict[str, inspect.Parameter]:
+    """The fields of a configuration as parameters of a command; what is left out comes from the recipe."""
+    found = {}
+    for f in fields(given):
+        if f.default is MISSING:
+            kind, default = Annotated[f.type, typer.Argument(help=f.metadata["help"])], inspect.Parameter.empty
+        else:
+            choices = f.metadata["choices"]
+            words = f"{f.metadata['help']} One of {', '.join(choices)}." if choices else f.metadata["help"]
+            kind = Annotated[f.type | None, typer.Option(help=f"{words} (default {_usual(f)})", show_default=False)]
+            default = None
+        found[f.name] = inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+    return found
+
+
+def _usual(f) -> str:
+    """The default of a field, and of the recipes that have another."""
+    others: dict = {}
+    for name, values in RECIPES.items():
+        if values.get(f.name, f.default) != f.default:
+            others.setdefault(values[f.name], []).append(name)
+    return "; ".join([str(f.default), *(f"{', '.join(names)}: {value}" for value, names in others.items())])
+
+
+def train(
+    *,
+    out: OUT = None,
+    device: DEVICE = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the configuration and leave.")] = False,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard's files.")] = True,
+    with_report: Annotated[bool, typer.Option("--report/--no-report", help="Sample and score at the end.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    **options,
+) -> None:
+    """Train a diffusion model, or go on with an interrupted run: the same command resumes to the same bits.
+
+    Under `torchrun --nproc-per-node N -m sdesens train ...` N processes train together on the same sample stream.
+    """
+    config = recipe(**{k: v for k, v in options.items() if v is not None})
+    if dry_run:
+        print(config.show())
+        return
+    path = out or Path("runs") / Path(config.data).stem
+    if config.picture_every or with_report:
+        require_matplotlib()
+    run = train_run(config, path, device=device, tensorboard=tensorboard, progress=not quiet, picture=_picture)
+    if run is not None and with_report:
+        screen = console()
+        found = make_report(run)
+        screen.print(table(found))
+        screen.print(
+            f"report: {path / 'report.json'}, {path / 'report.png'}; samples: {path / 'samples.npz'}", soft_wrap=True
+        )
+
+
+train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [*_options(TrainConfig).values(), *(p for p in inspect.signature(train).parameters.values() if p.name != "options")]
+)
+
+
+def _picture(denoiser, data: Data, file: Path) -> None:
+    n = 100 if is_image(data.form) else 2000
+    save_samples(draw_samples(denoiser, data.form, n), data.form, file, like=data.test)
+
+
+def sample(
+    run: RUN,
+    sampler: Annotated[str, typer.Option(help="heun, ddim, dpmpp, em or ancestral.")] = "heun",
+    steps: Annotated[
+        int | None, typer.Option(help="heun 18, ddim 50, dpmpp 20, em and ancestral 200 if left out.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Samples.")] = 100,
+    label: Annotated[
+        int | None, typer.Option("--class", help="One class for all; the classes in turn if left out.")
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="Strength of the class; 1 is plain conditional sampling.")] = 1.0,
+    eta: Annotated[float | None, typer.Option(help="Noise level of em (1) and ddim (0).")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    checkpoint: Annotated[str, typer.Option(help="last, or best by held-out loss.")] = "last",
+    out: Annotated[
+        Path | None, typer.Option(help="Write OUT.npz and OUT.png; into the run's directory if left out.")
+    ] = None,
+    device: DEVICE = "auto",
+) -> None:
+    """Sample a trained model: an npz in the data's own units, and a picture."""
+    found = open_run(run)
+    where = (out or run / "samples").with_suffix("") if (out is None or out.suffix in (".npz", ".png")) else out
+    require_matplotlib()
+    if not where.parent.is_dir():
+        raise ArgumentError(f"there is no folder {str(where.parent)!r}: make it, or give another --out.")
+    denoiser = found.denoiser(which=checkpoint, device=choose_device(device))  # type: ignore[arg-type]
+    samples = draw_samples(
+        denoiser, found.form, n, sampler=sampler, steps=steps, label=label, guidance=guidance, eta=eta, seed=seed
+    )
+    samples.save(where.with_name(where.name + ".npz"), found.form)
+    save_samples(samples, found.form, where.with_name(where.name + ".png"))
+    print(f"{where}.npz, {where}.png")
+
+
+def report(
+    run: RUN,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 1,
+    likelihood: Annotated[bool, typer.Option(help="Compute the likelihood of test rows.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Score a trained model: its samples and its loss beside what is possible."""
+    require_matplotlib()
+    found = make_report(open_run(run), seed=seed, likelihood=likelihood)
+    if as_json:
+        print(json.dumps(plain(found.to_json()), indent=2, allow_nan=False))
+        return
+    console().print(table(found))
+    console().print(level_table(found))
+
+
+def steer() -> None:
+    """Tune."""

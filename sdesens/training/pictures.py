@@ -1,0 +1,141 @@
+"""Pictures of samples and of a report. matplotlib is an optional extra, imported when the first picture is drawn."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdesens.errors import ArgumentError
+from sdesens.training.data import Data, Form
+from sdesens.training.samples import Samples
+from sdesens.training.scores import Report
+
+ROW = 10  # images
+SHOWN_POINTS = 2000
+FLOORS = {"oracle": ("k", "-"), "memorisation": ("k", ":"), "linear": ("0.5", "--")}
+
+
+def require_matplotlib() -> None:
+    """Raise ArgumentError unless matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ArgumentError(
+            "pictures need matplotlib: pip install 'sdesens[plot]', or leave them out with --picture-every 0 and --no-report."
+        ) from error
+
+
+def is_image(form: Form) -> bool:
+    """Whether an item is an image: (height, width), (1, height, width) or (3, height, width).
+
+    Example
+    -------
+    >>> is_image(Form("x", (3, 8, 8), 0, 1.0, ""))
+    True
+    """
+    return len(form.event) == 2 or (len(form.event) == 3 and form.event[0] in (1, 3))
+
+
+def show_samples(axes: Any, x: Tensor, form: Form, *, like: Tensor | None = None, label: str = "samples") -> Any:
+    """Draw samples (n, *event) into Axes: images in rows of ten, points in the plane, a histogram of numbers; `like` beside them is data."""
+    if is_image(form):
+        axes.imshow(tiles(x[: ROW * ROW], form), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_axis_off()
+        return axes
+    rows = [r.flatten(1)[:SHOWN_POINTS] for r in (like, x) if r is not None]
+    names, colours = ["data", label][-len(rows) :], ["0.6", "C0"][-len(rows) :]
+    if rows[0].shape[1] == 1:
+        for r, name, colour in zip(rows, names, colours, strict=True):
+            axes.hist(r[:, 0].numpy(), bins=60, density=True, histtype="step", label=name, color=colour)
+    else:
+        for r, name, colour in zip(rows, names, colours, strict=True):
+            axes.plot(r[:, 0], r[:, 1], ".", markersize=2, label=name, color=colour, alpha=0.6)
+        axes.set_aspect("equal", adjustable="datalim")
+    axes.legend(loc="upper right", fontsize="small", markerscale=4)
+    return axes
+
+
+def tiles(x: Tensor, form: Form) -> Any:
+    """Images side by side, ten in a row, a pixel between them, as an array (height, width[, 3]) of values in [0, 1].
+
+    Values are scaled by the extremes of what is shown.
+    """
+    colours = form.event[0] if len(form.event) == 3 else 1
+    h, w = form.event[-2:]
+    x = x.reshape(len(x), colours, h, w).double()
+    low, high = x.min(), x.max()
+    x = (x - low) / (high - low).clamp_min(1e-12)
+    rows, columns = -(-len(x) // ROW), min(ROW, len(x))
+    sheet = torch.zeros(colours, rows * (h + 1) - 1, columns * (w + 1) - 1, dtype=torch.float64)
+    for i, image in enumerate(x):
+        top, left = (i // ROW) * (h + 1), (i % ROW) * (w + 1)
+        sheet[:, top : top + h, left : left + w] = image
+    return sheet[0].numpy() if colours == 1 else sheet.movedim(0, -1).numpy()
+
+
+def show_levels(axes: Any, report: Report) -> Any:
+    """Draw the eps-loss at each log-SNR beside its floors into Axes."""
+    lam = [level.log_snr for level in report.levels]
+    for name, (colour, style) in FLOORS.items():
+        if all(name in level.floors for level in report.levels):
+            axes.plot(lam, [level.floors[name] for level in report.levels], style, color=colour, label=f"{name} floor")
+    axes.plot(lam, [level.test for level in report.levels], "C0o-", label="test", markersize=4)
+    axes.plot(lam, [level.train for level in report.levels], "C1x--", label="train", markersize=5)
+    lowest = min(min(level.test, level.train) for level in report.levels)
+    axes.set(yscale="log", ylim=(lowest / 3, None), xlabel="log-SNR (data on the right)", ylabel="eps-loss a dimension", title="what is learnt, and what could be")  # fmt: skip
+    axes.legend(fontsize="small")
+    return axes
+
+
+def show_log(axes: Any, rows: list[dict[str, Any]], floors: dict[str, float]) -> Any:
+    """Draw the training and held-out loss beside their floors into Axes."""
+    losses = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    held = [(r["step"], r["validation"]) for r in rows if "validation" in r]
+    axes.plot(*zip(*losses, strict=True), color="C1", linewidth=0.7, label="training")
+    axes.plot(*zip(*held, strict=True), "C0o-", markersize=4, label="held out, averaged weights")
+    for name, value in floors.items():
+        colour, style = FLOORS[name]
+        axes.axhline(value, color=colour, linestyle=style, label=f"{name} floor")
+    values = sorted(v for _, v in losses)
+    axes.set(ylim=(None, 1.5 * values[int(0.95 * (len(values) - 1))]), xlabel="step", ylabel="loss", title="training")
+    axes.legend(fontsize="small")
+    return axes
+
+
+def save_samples(samples: Samples, form: Form, file: Path, *, like: Tensor | None = None) -> None:
+    """Write a picture of samples."""
+    figure, axes, plt = _figure(5, 5)
+    show_samples(axes, samples.x, form, like=like)
+    _save(figure, file, plt)
+
+
+def save_report(report: Report, data: Data, rows: list[dict[str, Any]], floors: dict[str, float], file: Path) -> None:
+    """Write the picture of a report: samples, for images beside data, what is learnt, and the course of training."""
+    image = is_image(data.form)
+    figure, axes, plt = _figure(16 if image else 13, 4.2, 4 if image else 3)
+    if image:
+        show_samples(axes[0], data.test, data.form).set_title("test data")
+    show_samples(axes[-3], report.samples.x, data.form, like=data.test).set_title("samples")
+    show_levels(axes[-2], report)
+    show_log(axes[-1], rows, floors)
+    _save(figure, file, plt)
+
+
+def _figure(width: float, height: float, panels: int = 1):
+    require_matplotlib()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
+    return figure, axes, plt
+
+
+def _save(figure, file: Path, plt) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".part-{file.name}")
+    figure.savefig(part, dpi=120)
+    plt.close(figure)
+    part.replace(file)

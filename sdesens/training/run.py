@@ -1,0 +1,135 @@
+"""A run: the directory that training writes, sampling reads, and an interrupted training goes on from.
+
+RUN/run.json            the configuration and the form of the data, written before the first step
+RUN/checkpoints/        see `checkpoint.py`
+RUN/log.jsonl           see `log.py`; RUN/tensorboard/ beside it
+RUN/pictures/           samples during training
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from sdesens.diffusion.predict import Denoiser
+from sdesens.errors import ArgumentError, CheckpointError
+from sdesens.training.checkpoint import load_best, load_latest
+from sdesens.training.config import TrainConfig
+from sdesens.training.data import Form
+from sdesens.training.model import make_denoiser
+
+PART = "run.part"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A trained model, or one in training.
+
+    Attributes
+    ----------
+    path : Path
+    config : TrainConfig
+    form : Form
+        Of the data.
+    """
+
+    path: Path
+    config: TrainConfig
+    form: Form
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    def denoiser(
+        self, *, which: Literal["last", "best"] = "last", averaged: bool = True, device: str | torch.device = "cpu"
+    ) -> Denoiser:
+        """The network of the last checkpoint, or of the one with the least held-out loss, in eval mode and without gradients.
+
+        Raises
+        ------
+        ArgumentError, CheckpointError
+            For another word; if there is no valid checkpoint, or only of another configuration.
+        """
+        if which not in ("last", "best"):
+            raise ArgumentError(f"`which` must be 'last' or 'best', got {which!r}.")
+        snapshot = (load_latest if which == "last" else load_best)(self.checkpoints)
+        if snapshot is None:
+            raise CheckpointError(f"{str(self.path)!r} has no checkpoint yet: let `sdesens train` write one.")
+        denoiser = make_denoiser(self.config, self.form)
+        self.check(snapshot.meta)
+        denoiser.net.load_state_dict(snapshot.ema if averaged else snapshot.model)
+        denoiser.net.to(device).eval().requires_grad_(False)
+        return denoiser
+
+    def check(self, meta: dict) -> None:
+        """Raise CheckpointError unless a checkpoint's description is this run's."""
+        there = Run(self.path, TrainConfig.from_json(meta["config"]), Form.from_json(meta["form"]))
+        if differences := self.differences(there):
+            raise CheckpointError(
+                f"{str(self.checkpoints)!r} holds checkpoints of another run ({'; '.join(differences)}): move them away."
+            )
+
+    def differences(self, other: "Run") -> list[str]:
+        """What differs in a way that changes the numbers, in words."""
+        here, there = self.form.to_json(), other.form.to_json()
+        form = [f"the data's {k} = {v!r} here, {there[k]!r} there" for k, v in here.items() if v != there[k]]
+        return self.config.differences(other.config) + form
+
+
+def open_run(path: str | Path) -> Run:
+    """The run in a directory.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or its description cannot be read.
+    """
+    file = Path(path) / "run.json"
+    if not file.is_file():
+        raise CheckpointError(f"{str(path)!r} is not a run: it has no run.json. `sdesens train` makes one.")
+    try:
+        found = json.loads(file.read_text())
+        return Run(Path(path), TrainConfig.from_json(found["config"]), Form.from_json(found["form"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{str(file)!r} does not describe a run ({error}): restore it, or train in another directory."
+        ) from error
+
+
+def claim(run: Run) -> None:
+    """Write a run's description into its directory, or see that it is the one there.
+
+    Raises
+    ------
+    CheckpointError
+        For a directory of another run, or of something else.
+    """
+    path, file = run.path, run.path / "run.json"
+    if file.is_file():
+        if differences := run.differences(open_run(path)):
+            raise CheckpointError(
+                f"{str(path)!r} is a run of another configuration ({'; '.join(differences)}): give another directory, or the options "
+                "that it was made with."
+            )
+        return
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a file: give a new or an empty directory.")
+    if path.is_dir() and any(p.name != PART for p in path.iterdir()):
+        raise CheckpointError(f"{str(path)!r} is not empty and is not a run: give a new or an empty directory.")
+    path.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps({"config": run.config.to_json(), "form": run.form.to_json()}, indent=2) + "\n", PART)
+
+
+def write_whole(file: Path, text: str, part: str) -> None:
+    """Write a file so that it is there whole or not at all, by way of a file `part` beside it."""
+    beside = file.with_name(part)
+    with beside.open("w") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(beside, file)
