@@ -31,7 +31,7 @@ def reached(stream: int) -> set[int]:
 
 
 def test_streams_are_apart():
-    assert len(OURS) == 9
+    assert len(OURS) >= 12
     for a, b in itertools.combinations([*OURS.values(), *CORE], 2):
         if a not in CORE or b not in CORE:
             assert not reached(a) & reached(b), (hex(a), hex(b))
@@ -77,7 +77,7 @@ def test_purposes_of_one_seed_are_independent():
     # NORMAL's column is that of DATA, draw_noise's that of NOISE, a cell's place that of CELLS: the same numbers, as they should
     names = ["start", "next", "DATA", "NOISE", "CELLS", *OURS]
     same = torch.tensor([[a == b for b in names] for a in names])
-    # 78 pairs of purposes: false alarm 5e-3; a uniform has correlation sqrt(3/pi) = 0.977 with its normal
+    # some 150 pairs of purposes: false alarm 1e-2; a uniform has correlation sqrt(3/pi) = 0.977 with its normal
     assert float(found[~same].abs().max()) < 4 / math.sqrt(N)
     assert float(found[same].min()) > 0.97
 

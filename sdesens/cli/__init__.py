@@ -5,6 +5,7 @@ Exit status: 0 when every check passes, 1 when one fails (or a path or a loss be
 
 import importlib.metadata
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -35,9 +36,16 @@ def _options(
     pass
 
 
-for command in (checks.check, checks.models, checks.estimators):
-    app.command()(command)
-for command in (training.train, training.sample, training.report, training.steer):
+COMMANDS: tuple[Callable[..., None], ...] = (
+    checks.check,
+    checks.models,
+    checks.estimators,
+    training.train,
+    training.sample,
+    training.report,
+    training.steer,
+)
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -4,7 +4,7 @@ import inspect
 import json
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,16 +24,17 @@ DEVICE = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a 
 RUN = Annotated[Path, typer.Argument(help="Directory of a run of `sdesens train`.")]
 
 
-def _options(given: type) -> dict[str, inspect.Parameter]:
+def _options(given: Any) -> dict[str, inspect.Parameter]:
     """The fields of a configuration as parameters of a command; what is left out comes from the recipe."""
     found = {}
     for f in fields(given):
+        kind: Any
         if f.default is MISSING:
             kind, default = Annotated[f.type, typer.Argument(help=f.metadata["help"])], inspect.Parameter.empty
         else:
             choices = f.metadata["choices"]
             words = f"{f.metadata['help']} One of {', '.join(choices)}." if choices else f.metadata["help"]
-            kind = Annotated[f.type | None, typer.Option(help=f"{words} (default {_usual(f)})", show_default=False)]
+            kind = Annotated[f.type | None, typer.Option(help=f"{words} (default {_usual(f)})", show_default=False)]  # type: ignore[operator]
             default = None
         found[f.name] = inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
     return found

@@ -9,6 +9,7 @@ from sdesens.diffusion.draws import draw_noise, draw_uniforms, keep_label, logno
 from sdesens.diffusion.grids import edm_grid, log_snr_grid, uniform_grid
 from sdesens.diffusion.likelihood import LogProb, log_prob
 from sdesens.diffusion.losses import dsm_loss, prior_term, step_cost, vlb
+from sdesens.diffusion.metrics import frechet, mmd2, mode_coverage, nn_ratio, sliced_w2
 from sdesens.diffusion.moments import affine_moments
 from sdesens.diffusion.oracles import Empirical, Gaussian, GaussianMixture
 from sdesens.diffusion.predict import Denoiser, Predictor
@@ -60,6 +61,7 @@ __all__ = [
     "edm_grid",
     "edm_weight",
     "euler_maruyama",
+    "frechet",
     "from_diffusers",
     "guide",
     "heun",
@@ -72,12 +74,16 @@ __all__ = [
     "lognormal_times",
     "matching_loss",
     "min_snr_weight",
+    "mmd2",
+    "mode_coverage",
+    "nn_ratio",
     "prior",
     "prior_term",
     "remembered",
     "sampler_problem",
     "sampler_sde",
     "simple_weight",
+    "sliced_w2",
     "step_cost",
     "to_diffusers",
     "uniform_grid",

@@ -107,7 +107,7 @@ def mmd2(x: Tensor, y: Tensor, *, bandwidths=(0.1, 0.25, 0.5, 1.0, 2.0)) -> Esti
     The standard error is the root of V, equation (4). It is right where the laws differ clearly, and at most sqrt(2)
     too large where they are the same; there it does not vanish, as that of the delta method does. A t interval is approximate near
     that point, where a sum of chi-squares takes the place of the normal law. Measured, in 1 to 8 dimensions: intervals of 95 % cover
-    96 to 99 % where the laws are the same, 90 to 96 % where MMD^2 is one or two standard errors (they end below it), 94 to 96 % from six on.
+    96 to 99 % where the laws are the same, 90 to 96 % where MMD^2 is one or two standard errors (they end below it), 93 to 96 % from four on.
 
     Parameters
     ----------

@@ -96,7 +96,7 @@ class Batches:
             block = range(start, min(start + many, last))
             drawn = [self._draw(block, (self.rank * pieces + a) * b, b) for a in range(pieces)]
             for k in range(len(block)):
-                yield [Batch(*(None if v is None else v[k] for v in piece)) for piece in drawn]
+                yield [Batch(p.x0[k], None if p.label is None else p.label[k], p.t[k], p.eps[k]) for p in drawn]
 
     def _draw(self, steps: range, first: int, b: int) -> Batch:
         """Items first ... first + b - 1 of each step, with a leading dimension of steps."""

@@ -66,7 +66,8 @@ class Form:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Form":
         """What `to_json` wrote."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
 
 @dataclass(frozen=True, eq=False)

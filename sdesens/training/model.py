@@ -27,25 +27,27 @@ def make_denoiser(config: TrainConfig, form: Form, net: nn.Module | None = None)
     >>> make_denoiser(recipe("gmm8"), load_data("gmm8").form)
     Denoiser(ResidualMLP of ... parameters, EDM(sigma_max=80.0), sigma_data=1.4...)
     """
-    schedule = config.make_schedule()
     preconditioned = config.prediction == "edm"
-    if net is None:
-        net = make_network(
-            config.network,
-            form.event,
-            config.width,
-            config.depth,
-            classes=form.classes,
-            norm=config.norm,
-            schedule=None if preconditioned else schedule,
-            seed=config.seed,
-        )
     return Denoiser(
-        net,
-        schedule,
+        network_of(config, form) if net is None else net,
+        config.make_schedule(),
         prediction=None if preconditioned else config.prediction,
         sigma_data=form.sigma_data if preconditioned else None,
         null=torch.tensor(form.classes) if form.classes else None,
+    )
+
+
+def network_of(config: TrainConfig, form: Form) -> nn.Module:
+    """A new network, with the seed's initial weights."""
+    return make_network(
+        config.network,
+        form.event,
+        config.width,
+        config.depth,
+        classes=form.classes,
+        norm=config.norm,
+        schedule=None if config.prediction == "edm" else config.make_schedule(),
+        seed=config.seed,
     )
 
 

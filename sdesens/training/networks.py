@@ -46,6 +46,18 @@ class Condition(nn.Module):
         return nn.functional.silu(h if self.label is None else h + self.label(label))
 
 
+class MLPBlock(nn.Module):
+    """h, and the condition c, (B, width) -> (B, width)."""
+
+    def __init__(self, width: int, norm: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(width) if norm else nn.Identity()
+        self.into, self.shift, self.out = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        return h + self.out(nn.functional.silu(self.into(self.norm(h)) + self.shift(c)))
+
+
 class ResidualMLP(nn.Module):
     """x (B, *event), t (B,), label (B,) -> (B, *event); the event is flattened."""
 
@@ -54,26 +66,29 @@ class ResidualMLP(nn.Module):
         d = math.prod(event)
         self.condition = Condition(clock, classes, width)
         self.first = nn.Linear(d, width)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm": nn.LayerNorm(width) if norm else nn.Identity(),
-                    "into": nn.Linear(width, width),
-                    "shift": nn.Linear(width, width),
-                    "out": nn.Linear(width, width),
-                }
-            )
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(MLPBlock(width, norm) for _ in range(depth))
         self.last = _zeroed(nn.Linear(width, d))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         c = self.condition(t, label)
         h = self.first(x.flatten(1))
         for block in self.blocks:
-            inner = nn.functional.silu(block["into"](block["norm"](h)) + block["shift"](c))
-            h = h + block["out"](inner)
+            h = block(h, c)
         return self.last(nn.functional.silu(h)).reshape(x.shape)
+
+
+class ConvBlock(nn.Module):
+    """h (B, width, rows, columns), and the condition c (B, width) -> the shape of h."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.into, self.out = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.shift = nn.Linear(width, width)
+
+    def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        inner = self.into(nn.functional.silu(self.norm(h)))
+        return h + self.out(nn.functional.silu(inner + self.shift(c)[:, :, None, None]))
 
 
 class ResidualConv(nn.Module):
@@ -90,25 +105,14 @@ class ResidualConv(nn.Module):
         channels = event[0] if len(event) == 3 else 1
         self.condition = Condition(clock, classes, width)
         self.first = nn.Conv2d(channels, width, 3, padding=1)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "norm": nn.GroupNorm(8, width),
-                    "into": nn.Conv2d(width, width, 3, padding=1),
-                    "shift": nn.Linear(width, width),
-                    "out": nn.Conv2d(width, width, 3, padding=1),
-                }
-            )
-            for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(ConvBlock(width) for _ in range(depth))
         self.last = _zeroed(nn.Conv2d(width, channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         c = self.condition(t, label)
         h = self.first(x if x.dim() == 4 else x[:, None])
         for block in self.blocks:
-            inner = block["into"](nn.functional.silu(block["norm"](h)))
-            h = h + block["out"](nn.functional.silu(inner + block["shift"](c)[:, :, None, None]))
+            h = block(h, c)
         return self.last(nn.functional.silu(h)).reshape(x.shape)
 
 

@@ -19,7 +19,7 @@ from sdesens.errors import ArgumentError, CheckpointError
 from sdesens.training.checkpoint import load_best, load_latest
 from sdesens.training.config import TrainConfig
 from sdesens.training.data import Form
-from sdesens.training.model import make_denoiser
+from sdesens.training.model import make_denoiser, network_of
 
 PART = "run.part"
 
@@ -60,11 +60,10 @@ class Run:
         snapshot = (load_latest if which == "last" else load_best)(self.checkpoints)
         if snapshot is None:
             raise CheckpointError(f"{str(self.path)!r} has no checkpoint yet: let `sdesens train` write one.")
-        denoiser = make_denoiser(self.config, self.form)
         self.check(snapshot.meta)
-        denoiser.net.load_state_dict(snapshot.ema if averaged else snapshot.model)
-        denoiser.net.to(device).eval().requires_grad_(False)
-        return denoiser
+        net = network_of(self.config, self.form)
+        net.load_state_dict(snapshot.ema if averaged else snapshot.model)
+        return make_denoiser(self.config, self.form, net.to(device).eval().requires_grad_(False))
 
     def check(self, meta: dict) -> None:
         """Raise CheckpointError unless a checkpoint's description is this run's."""

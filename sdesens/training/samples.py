@@ -60,7 +60,7 @@ class Samples:
         part = file.with_name(f".{file.name}.part")
         try:
             with part.open("wb") as out:
-                np.savez(out, **arrays)
+                np.savez(out, **arrays)  # type: ignore[arg-type]
             part.replace(file)
         except OSError as error:
             part.unlink(missing_ok=True)

@@ -14,11 +14,11 @@ from sdesens.diffusion.draws import draw_noise, draw_uniforms
 from sdesens.diffusion.predict import Denoiser
 from sdesens.errors import ArgumentError, NonFiniteError
 from sdesens.training.batches import Batch, Batches, training_times
-from sdesens.training.checkpoint import Snapshot
 from sdesens.training.config import TrainConfig
 from sdesens.training.data import Data
-from sdesens.training.model import batch_loss, loss_weight, make_denoiser
+from sdesens.training.model import batch_loss, loss_weight, make_denoiser, network_of
 from sdesens.training.ranks import Ranks, unsynchronised
+from sdesens.training.snapshot import Snapshot
 
 HELD_OUT = 8192  # draws of (test row, time, noise) whose loss is watched
 LAST_STEP = 2**31 - 1  # whose draws no training step uses
@@ -41,8 +41,8 @@ class Trainer:
                 f"`batch` = {config.batch} must be a multiple of ranks x `accumulate` = {ranks.size} x {config.accumulate}: change one."
             )
         self.config, self.data, self.ranks = config, data, ranks
-        self.denoiser = make_denoiser(config, data.form)
-        self.net: nn.Module = self.denoiser.net.to(ranks.device)
+        self.net = network_of(config, data.form).to(ranks.device)
+        self.denoiser = make_denoiser(config, data.form, self.net)
         self.weight = loss_weight(config, data.form.sigma_data)
         self.average = AveragedModel(self.net, multi_avg_fn=self._mix, use_buffers=False)
         self.optimiser = torch.optim.AdamW(
