@@ -25,7 +25,7 @@ def make_denoiser(config: TrainConfig, form: Form, net: nn.Module | None = None)
     >>> from sdesens.training.config import recipe
     >>> from sdesens.training.data import load_data
     >>> make_denoiser(recipe("gmm8"), load_data("gmm8").form)
-    Denoiser(ResidualMLP of ... parameters, EDM(sigma_max=80.0), sigma_data=1.4...)
+    Denoiser(ResidualMLP of ... parameters, EDM(sigma_max=80), sigma_data=1.4...)
     """
     preconditioned = config.prediction == "edm"
     return Denoiser(

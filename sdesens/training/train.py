@@ -64,7 +64,7 @@ def train(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     run = train(recipe("gmm8", steps=2, width=8), folder, tensorboard=False, progress=False)
     ...     run.denoiser()
-    Denoiser(ResidualMLP of ... parameters, EDM(sigma_max=80.0), sigma_data=1.4...)
+    Denoiser(ResidualMLP of ... parameters, EDM(sigma_max=80), sigma_data=1.4...)
     """
     data = load_data(config.data)
     run = Run(Path(path), config, data.form)
