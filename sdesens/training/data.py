@@ -179,8 +179,9 @@ def _from_arrays(name: str, x: np.ndarray, labels: np.ndarray | None) -> Data:
         )
     if labels is not None:
         labels = _check_labels(name, labels, len(x))
-    each = x.ndim == 2
-    shift, scale = (x.mean(0), x.std(0)) if each else (x.mean(keepdims=True).ravel(), x.std(keepdims=True).ravel())
+    axes = 0 if x.ndim == 2 else None
+    with np.errstate(over="ignore", invalid="ignore"):  # looked at below
+        shift, scale = np.atleast_1d(x.mean(axes)), np.atleast_1d(x.std(axes))
     if not np.isfinite(scale).all():
         raise ArgumentError(f"{name}: the numbers are too large for their variance to be computed: scale them down.")
     if not (scale > 1e-12 * (np.abs(shift) + np.abs(x).max())).any():

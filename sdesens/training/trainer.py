@@ -4,6 +4,7 @@ All that a step depends on is the weights, the optimiser's state and the step's 
 of (seed, step, item), the learning rate is one of the step. A checkpoint holds just that.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -77,7 +78,7 @@ class Trainer:
         self.average.module.load_state_dict(snapshot.ema)
         self.average.n_averaged.fill_(snapshot.state["averaged"])
         self.optimiser.load_state_dict(snapshot.state["optimiser"])
-        self.losses = [torch.tensor(x, device=self.ranks.device) for x in snapshot.state["losses"]]
+        self.losses = list(torch.tensor(snapshot.state["losses"], device=self.ranks.device))
 
     def steps(self) -> Iterator[int]:
         """Train to the end, yielding after each step."""
@@ -117,14 +118,9 @@ class Trainer:
         if not self.losses:
             return []
         values = self.ranks.mean(torch.stack(self.losses)).tolist()
-        self.losses = [torch.tensor(v, device=self.ranks.device) for v in values]
+        self.losses = list(torch.tensor(values, device=self.ranks.device))
         for i, v in enumerate(values):
-            if v - v != 0:
-                step = self.step - len(values) + i + 1
-                raise NonFiniteError(
-                    f"the loss is {v} at step {step}: lower `lr`, clip harder, or look for outliers in the data. Earlier checkpoints are intact.",
-                    step=step,
-                )
+            self._check(v, "loss", self.step - len(values) + i + 1)
         return values
 
     def validation(self) -> float:
@@ -140,4 +136,13 @@ class Trainer:
                 eps = draw_noise(0, LAST_STEP, shape, first_item=int(items[0]), device=device)
                 batch = Batch(data.test[rows].to(device), label, t[items], eps)
                 total += float(batch_loss(self.averaged, batch, self.weight).double().sum())
+        self._check(total, "held-out loss", self.step)
         return total / HELD_OUT
+
+    def _check(self, value: float, what: str, step: int) -> None:
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"the {what} is {value} at step {step}: lower `lr`, lower `clip`, or look for outliers in the data. Earlier checkpoints "
+                "are intact.",
+                step=step,
+            )
