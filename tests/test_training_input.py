@@ -75,7 +75,7 @@ def test_files_that_cannot_be_read(tmp_path, table):
     for name in ("cut.npy", "text.npy", "text.npz", "objects.npy"):
         with pytest.raises(ArgumentError, match="could not be read as an array of numbers"):
             load_data(str(tmp_path / name))
-    with pytest.raises(ArgumentError, match="must hold arrays `x`.*it holds y"):
+    with pytest.raises(ArgumentError, match=r"must hold arrays `x`.*it holds y"):
         load_data(str(tmp_path / "names.npz"))
     with pytest.raises(ArgumentError, match="there is no file"):
         load_data(str(tmp_path / "none.npy"))
@@ -148,9 +148,9 @@ def test_a_configuration_of_another_version():
     assert TrainConfig.from_json(json.loads(json.dumps(plain))) == small("gmm8")
     infinite = small("gmm8", clip=float("inf"))
     assert TrainConfig.from_json(json.loads(json.dumps(infinite.to_json()))) == infinite
-    with pytest.raises(ArgumentError, match="unknown options .'dropout'.* made by another version"):
+    with pytest.raises(ArgumentError, match=r"unknown options .'dropout'.* made by another version"):
         TrainConfig.from_json({**plain, "dropout": 0.1})
-    with pytest.raises(ArgumentError, match="lacks .'lr'"):
+    with pytest.raises(ArgumentError, match=r"lacks .'lr'"):
         TrainConfig.from_json({k: v for k, v in plain.items() if k != "lr"})
 
 
@@ -162,7 +162,7 @@ def test_directories_of_something_else(tmp_path, table):
     run = tmp_path / "run"
     quiet(small(table), run)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with pytest.raises(CheckpointError, match="another configuration.*lr = 0.5 here, 0.001 there"):
+    with pytest.raises(CheckpointError, match=r"another configuration.*lr = 0.5 here, 0.001 there"):
         quiet(small(table, lr=0.5), run)
     np.save(table, rows(seed=1))
     with pytest.raises(CheckpointError, match="fingerprint"):
@@ -189,7 +189,7 @@ def test_checkpoints_of_another_run_are_not_taken(tmp_path, table):
     (tmp_path / "a" / "checkpoints").rename(tmp_path / "kept")
     (tmp_path / "b" / "checkpoints").rename(tmp_path / "a" / "checkpoints")
     for use in (lambda: quiet(small(table), tmp_path / "a"), lambda: open_run(tmp_path / "a").denoiser()):
-        with pytest.raises(CheckpointError, match="of another run.*lr"):
+        with pytest.raises(CheckpointError, match=r"of another run.*lr"):
             use()
     with pytest.raises(CheckpointError, match="no checkpoint"):
         open_run(tmp_path / "b").denoiser()
@@ -197,7 +197,7 @@ def test_checkpoints_of_another_run_are_not_taken(tmp_path, table):
 
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tmp_path, table):
     config = small(table, steps=40, lr=1e30, clip=float("inf"), log_every=7, warmup=0)
-    with pytest.raises(NonFiniteError, match="the loss is .* at step .*lower `lr`"):
+    with pytest.raises(NonFiniteError, match=r"the loss is .* at step .*lower `lr`"):
         quiet(config, tmp_path / "wild")
     assert not (tmp_path / "wild" / "checkpoints").exists()
 
