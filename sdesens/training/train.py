@@ -2,9 +2,11 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from sdesens.diffusion.predict import Denoiser
@@ -68,7 +70,7 @@ def train(
     """
     data = load_data(config.data)
     run = Run(Path(path), config, data.form)
-    with join(device) as ranks:
+    with join(device) as ranks, same_convolutions():
         trainer = Trainer(config, data, ranks)
         try:
             if ranks.first:
@@ -82,6 +84,18 @@ def train(
                 "same command goes on from there."
             ) from error
     return run
+
+
+@contextmanager
+def same_convolutions() -> Iterator[None]:
+    """Have cuDNN take the same algorithm, which rounds the same way, in every run."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def _resume(trainer: Trainer, run: Run) -> None:
