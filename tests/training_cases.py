@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sdesens.cli import main
 from sdesens.training.checkpoint import Snapshot, load_checkpoint
 from sdesens.training.config import TrainConfig, recipe
-from sdesens.training.data import Data
+from sdesens.training.data import Data, load_data
 from sdesens.training.ranks import Ranks
 from sdesens.training.run import open_run
 from sdesens.training.samples import draw_samples
@@ -126,7 +126,7 @@ def losses(path: Path) -> torch.Tensor:
 def argv(config: TrainConfig, out: Path) -> list[str]:
     """The command that trains a configuration."""
     options = {k: v for k, v in config.to_json().items() if k != "data"}
-    words = ["train", config.data, "--out", str(out), "--device", "cpu", "--no-report", "--no-tensorboard"]
+    words = ["train", config.data, "--out", str(out), "--device", "cpu", "--no-report", "--no-tensorboard", "--quiet"]
     for name, value in options.items():
         flag = name.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
@@ -196,6 +196,7 @@ def nursery() -> Iterator[Nursery]:
 
 
 def _serve() -> None:
+    Trainer(small("gmm8"), load_data("gmm8"), CPU)  # torch imports more when the first optimiser is made
     for line in sys.stdin:
         print(json.dumps(_job(**json.loads(line))), flush=True)
 
