@@ -285,12 +285,13 @@ def test_likelihood_of_an_untrained_network_is_that_of_a_gaussian():
 
 def test_tiles_put_images_side_by_side():
     form = load_data("digits").form
-    x = torch.arange(12.0)[:, None, None, None].expand(12, 1, 8, 8)
+    x = (torch.arange(12.0) / 11 * 2 - 1)[:, None, None, None].expand(12, 1, 8, 8)  # digits lie in [-1, 1]
     sheet = tiles(x, form)
     assert sheet.shape == (17, 89)
     assert sheet[0, 0] == 0
     assert sheet[9, 9] == pytest.approx(1.0)  # the twelfth, in the second row
     assert sheet[0, 9 * 9] == pytest.approx(9 / 11)
+    assert tiles(10 * x, form).max() == 1.0
 
 
 def run_cli(*words, cwd, **options):

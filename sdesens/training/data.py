@@ -35,6 +35,8 @@ class Form:
         0 without labels.
     sigma_data : float
         Root mean square of the entries' standard deviations, of the training rows.
+    low, high : float
+        Extremes of the training rows.
     fingerprint : str
         Changes with the data.
     shift, scale : tuple of float
@@ -47,6 +49,8 @@ class Form:
     event: tuple[int, ...]
     classes: int
     sigma_data: float
+    low: float
+    high: float
     fingerprint: str
     shift: tuple[float, ...] = (0.0,)
     scale: tuple[float, ...] = (1.0,)
@@ -117,7 +121,8 @@ def _gmm8() -> Data:
     law = GaussianMixture.ring()
     sigma_data = float(law.cov.diagonal().mean().sqrt())
     train, test = law.sample(4000, seed=1).float(), law.sample(4000, seed=2).float()
-    form = Form("gmm8", (2,), 0, sigma_data, _fingerprint(train.numpy(), test.numpy()))
+    low, high = float(train.min()), float(train.max())
+    form = Form("gmm8", (2,), 0, sigma_data, low, high, _fingerprint(train.numpy(), test.numpy()))
     return Data(form, train, test, law=law)
 
 
@@ -217,7 +222,7 @@ def _split(name: str, x: np.ndarray, labels: np.ndarray | None, *, n_test: int, 
     sigma_data = float(train.double().var(0, correction=0).mean().sqrt())
     fingerprint = _fingerprint(x, np.zeros(0) if labels is None else labels)
     return Data(
-        Form(name, tuple(x.shape[1:]), classes, sigma_data, fingerprint, **form),
+        Form(name, tuple(x.shape[1:]), classes, sigma_data, float(train.min()), float(train.max()), fingerprint, **form),
         train,
         test,
         None if labels_of is None else labels_of[order[n_test:]],

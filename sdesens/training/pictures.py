@@ -31,7 +31,7 @@ def is_image(form: Form) -> bool:
 
     Example
     -------
-    >>> is_image(Form("x", (3, 8, 8), 0, 1.0, ""))
+    >>> is_image(Form("x", (3, 8, 8), 0, 1.0, 0.0, 1.0, ""))
     True
     """
     return len(form.event) == 2 or (len(form.event) == 3 and form.event[0] in (1, 3))
@@ -59,13 +59,12 @@ def show_samples(axes: Any, x: Tensor, form: Form, *, like: Tensor | None = None
 def tiles(x: Tensor, form: Form) -> Any:
     """Images side by side, ten in a row, a pixel between them, as an array (height, width[, 3]) of values in [0, 1].
 
-    Values are scaled by the extremes of what is shown.
+    The data's extremes become 0 and 1, and what lies beyond is cut off.
     """
     colours = form.event[0] if len(form.event) == 3 else 1
     h, w = form.event[-2:]
     x = x.reshape(len(x), colours, h, w).double()
-    low, high = x.min(), x.max()
-    x = (x - low) / (high - low).clamp_min(1e-12)
+    x = ((x - form.low) / max(form.high - form.low, 1e-12)).clamp(0, 1)
     rows, columns = -(-len(x) // ROW), min(ROW, len(x))
     sheet = torch.zeros(colours, rows * (h + 1) - 1, columns * (w + 1) - 1, dtype=torch.float64)
     for i, image in enumerate(x):

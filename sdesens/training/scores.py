@@ -91,7 +91,7 @@ def score(denoiser: Denoiser, data: Data, samples: Samples, *, likelihood: bool 
     """
     x = samples.x
     if data.form.cell:
-        x = x.clamp(float(data.train.min()), float(data.train.max()))
+        x = x.clamp(data.form.low, data.form.high)
     scores = [*_distances(x, data), *_of_law(x, data), *_of_classes(x, samples.labels, data)]
     scores += _losses(denoiser, data)
     if likelihood:
@@ -187,7 +187,7 @@ def _likelihood(denoiser: Denoiser, data: Data) -> Score:
     x = data.test[: ROWS_OF_FEW if d <= FEW else ROWS_OF_MANY]
     log_volume = 0.0
     if cell:
-        low, high = float(data.train.min()), float(data.train.max())
+        low, high = data.form.low, data.form.high
         levels = round((high - low) / cell) + 1
         x, log_volume = dequantise(((x - low) / cell).round(), levels, low - cell / 2, high + cell / 2)
     device = next(iter(denoiser.weights.values())).device
