@@ -120,7 +120,7 @@ def check_prediction(prediction) -> None:
 
 def above_zero(schedule: Schedule, t: Tensor) -> Tensor:
     """t, if there is noise at t: without noise there is no eps and no score."""
-    sigma = schedule.sigma(t)
+    sigma = schedule._sigma(t)
     if concrete(sigma) and not bool((sigma > 0).all()):
         raise GridError(
             "`t` holds a time without noise, where eps and the score do not exist: use t > 0, 1e-5 t_max for a likelihood. A sampler's "

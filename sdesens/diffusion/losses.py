@@ -98,10 +98,11 @@ def dsm_loss(denoiser: Predictor, x0: Tensor, t, eps: Tensor, *, weight: Weight 
             f"`denoiser` must return the shape of x0, {tuple(x0.shape)}, got {describe(out)}: one value an entry."
         )
     wide = torch.promote_types(x0.dtype, torch.float32)
-    off = out.to(wide) - combine(x0.to(wide), eps.to(wide), at(t))
+    ab = at(t)
+    off = out.to(wide) - combine(x0.to(wide), eps.to(wide), ab)
     error = off.square().reshape(len(x0), -1).mean(1)
-    scale, weighted = factors(weight, schedule, t, at)
-    return Loss(weighted.to(error) * error, scale.to(error) * error, schedule.log_snr(t).to(error).expand(len(x0)))
+    scale, weighted = factors(weight, schedule, t, at, ab)
+    return Loss(weighted.to(error) * error, scale.to(error) * error, schedule._log_snr(t).to(error).expand(len(x0)))
 
 
 def prior_term(schedule: Schedule, x0: Tensor) -> Tensor:

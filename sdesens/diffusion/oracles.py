@@ -194,6 +194,8 @@ class GaussianMixture(Law):
         z = normals(1 + self.dim, self.means)
         bounds = self.weights.detach().cumsum(0)
         k = torch.searchsorted(bounds, torch.special.ndtr(z[:, 0]) * bounds[-1], right=True)
+        if self._covs.dim() == 2:  # variances: no need to draw of all modes and choose
+            return (self.means[k] + self._covs.sqrt()[k] * z[:, 1:]).detach()
         return scatter(z[:, 1:], self.means, self._covs)[torch.arange(len(k), device=k.device), k]
 
     def tilt(self, a) -> "GaussianMixture":

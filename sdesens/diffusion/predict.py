@@ -210,7 +210,8 @@ class Denoiser(Predictor):
         """What the network returns, (B, *event): `prediction`, or F of equation (1)."""
         t = self.schedule.time(t)
         if self.sigma_data is not None:
-            alpha, r = self.schedule.alpha(t), self.schedule.ratio(t)
+            alpha = self.schedule._alpha(t)
+            r = self.schedule._sigma(t) / alpha
             return self._call(x * like(1 / (alpha * torch.sqrt(r**2 + self.sigma_data**2)), x), torch.log(r) / 4)
         return self._call(x, t)
 
@@ -220,7 +221,7 @@ class Denoiser(Predictor):
         if self.sigma_data is None:
             assert self.prediction is not None  # one of the two is given
             return combination(self.prediction, self.schedule, t)
-        r, sd = self.schedule.ratio(t), self.sigma_data
+        r, sd = self.schedule._sigma(t) / self.schedule._alpha(t), self.sigma_data
         c_skip, c_out = sd**2 / (r**2 + sd**2), r * sd / torch.sqrt(r**2 + sd**2)
         return (r**2 / (r**2 + sd**2)) / c_out, -c_skip * r / c_out
 

@@ -129,7 +129,9 @@ class Schedule(ABC):
 
     def log_snr_rate(self, t) -> Tensor:
         """lambda'_t = -g^2 / sigma^2, per time."""
-        t = self.time(t)
+        return self._log_snr_rate(self.time(t))
+
+    def _log_snr_rate(self, t: Tensor) -> Tensor:
         sigma = self._sigma(t)
         return torch.where(sigma > 0, -self._g2(t) / sigma**2, -math.inf)
 

@@ -99,8 +99,9 @@ def weight_at(weight: Weight, schedule: Schedule, t: Tensor) -> Tensor:
     >>> weight_at(likelihood_weight, EDM(), torch.tensor([2.0]))  # lambda = -2 log t, up to t_max = 80
     tensor([40.], dtype=torch.float64)
     """
-    log_snr = schedule.log_snr(t)
-    w = weight(log_snr, -schedule.t_max * schedule.log_snr_rate(t))
+    t = schedule.time(t)
+    log_snr = schedule._log_snr(t)
+    w = weight(log_snr, -schedule.t_max * schedule._log_snr_rate(t))
     if not isinstance(w, Tensor) or w.shape != log_snr.shape:
         raise ShapeError(
             f"`weight(log_snr, rate)` must return a tensor of the shape of log_snr, {tuple(log_snr.shape)}, got {describe(w)}: one weight "
@@ -139,17 +140,18 @@ def weight_on(weight: Weight, prediction: str, schedule: Schedule, t) -> Tensor:
     check_schedule("schedule", schedule)
     t = above_zero(schedule, schedule.time(t))
     at = partial(combination, prediction, schedule)
-    at(t)  # a wrong name is the first thing to hear about
+    ab = at(t)  # a wrong name is the first thing to hear about
     if prediction in NEEDS_SIGNAL and concrete(t):
         require_signal(schedule, t, f"a weight on {prediction!r}")
-    return factors(weight, schedule, t, at)[1]
+    return factors(weight, schedule, t, at, ab)[1]
 
 
-def factors(weight: Weight, schedule: Schedule, t: Tensor, at) -> tuple[Tensor, Tensor]:
-    """(alpha / D)^2 and w (alpha / D)^2 at t, for an output with the coefficients a, b = at(t); see the head of this file."""
+def factors(weight: Weight, schedule: Schedule, t: Tensor, at, ab: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """(alpha / D)^2 and w (alpha / D)^2 at t, for an output with the coefficients a, b = ab = at(t); see the head of this file."""
     if schedule.zero_terminal_snr:
         t = torch.minimum(t, schedule.t_of_log_snr(LIMIT).to(t))
-    a, b = at(t)
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        ab = at(t)
+    a, b = ab
+    alpha, sigma = schedule._alpha(t), schedule._sigma(t)
     scale = (alpha / (alpha * b - sigma * a)) ** 2
     return scale, weight_at(weight, schedule, t) * scale

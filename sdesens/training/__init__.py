@@ -1,7 +1,14 @@
 """Training of diffusion models: data, networks, a trainer that resumes to the bit, samples, scores and steering."""
 
 from sdesens.training.batches import Batch, Batches, training_times
-from sdesens.training.checkpoint import checkpoints, load_best, load_checkpoint, load_latest, load_weights, save_checkpoint
+from sdesens.training.checkpoint import (
+    checkpoints,
+    load_best,
+    load_checkpoint,
+    load_latest,
+    load_weights,
+    save_checkpoint,
+)
 from sdesens.training.config import TrainConfig, recipe
 from sdesens.training.data import Data, Form, load_data
 from sdesens.training.floors import floors, training_floors

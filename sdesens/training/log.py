@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdesens.errors import ArgumentError
+from sdesens.training.run import write_whole
 
 
 class Log:
@@ -36,9 +37,7 @@ class Log:
             )
         self.path = run / "log.jsonl"
         rows = [row for row in read_log(run) if row["step"] <= step]
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(_line(row) for row in rows))
-        os.replace(part, self.path)
+        write_whole(self.path, "".join(_line(row) for row in rows), "log.part")
         self._file = self.path.open("a")
         self._board = None
         if tensorboard:

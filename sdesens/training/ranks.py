@@ -38,12 +38,12 @@ class Ranks:
         return self.rank == 0
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of a tensor over the ranks, on each of them."""
+        """The mean of a float32 tensor over the ranks, on each of them; a mean of means is the same one to the bit."""
         if self.size == 1:
             return x
-        total = x.clone()
+        total = x.double()  # holds a sum of float32 numbers of like size without rounding, whatever its order
         dist.all_reduce(total)
-        return total / self.size
+        return (total / self.size).to(x)
 
     def agree(self, value: int) -> int:
         """The first rank's number, on each rank."""

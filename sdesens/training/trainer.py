@@ -6,6 +6,7 @@ of (seed, step, item), the learning rate is one of the step. A checkpoint holds 
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class Trainer:
         return make_denoiser(self.config, self.data.form, self.average.module.eval())
 
     def snapshot(self, score: float) -> Snapshot:
-        """All that the following steps depend on."""
+        """All that the following steps depend on; it shares memory with the trainer until it is saved."""
         state = {
             "step": self.step,
             "optimiser": self.optimiser.state_dict(),
@@ -77,7 +78,7 @@ class Trainer:
         self.net.load_state_dict(snapshot.model)
         self.average.module.load_state_dict(snapshot.ema)
         self.average.n_averaged.fill_(snapshot.state["averaged"])
-        self.optimiser.load_state_dict(snapshot.state["optimiser"])
+        self.optimiser.load_state_dict(deepcopy(snapshot.state["optimiser"]))  # it keeps the tensors, and changes them
         self.losses = list(torch.tensor(snapshot.state["losses"], device=self.ranks.device))
 
     def steps(self) -> Iterator[int]:
