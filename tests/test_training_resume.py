@@ -7,19 +7,16 @@ import os
 import random
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from training_cases import (
     PARTS,
     argv,
-    bits,
     equal_parts,
+    killed,
     losses,
     nursery,
-    parts,
     results,
     small,
     trained,
@@ -32,6 +29,8 @@ from sdesens.training.data import load_data
 from sdesens.training.snapshot import FILES
 from sdesens.training.train import train
 
+WHOLE = dict.fromkeys((*PARTS, "log", "samples"), True)
+ALL, NONE = dict.fromkeys(PARTS, True), dict.fromkeys(PARTS, False)
 LAST = 11  # of the runs in memory
 
 
@@ -77,9 +76,10 @@ def test_a_new_trainer_goes_on_from_any_step(name, tmp_path):
     assert [s.step for s in straight] == list(range(LAST + 1))
     for k in range(LAST + 1):
         again = trained(config, data, LAST, start=straight[k])
-        assert [parts(s) for s in again] == [parts(s) for s in straight[k:]]
+        same = [equal_parts(a, b) for a, b in zip(again, straight[k:], strict=True)]
+        assert same == [ALL] * len(again)
     moved = equal_parts(straight[0], straight[-1])
-    assert moved == dict.fromkeys(PARTS, False)  # it did train
+    assert moved == NONE  # it did train
 
 
 def spoil(s, what):
@@ -126,7 +126,7 @@ def test_negative_control_another_run(tmp_path):
         trained(replace(config, lr=config.lr * (1 + 2**-20)), data, LAST)[-1],
     ):
         found = equal_parts(straight[-1], other)
-        assert found == dict.fromkeys(PARTS, False)
+        assert found == NONE
 
 
 # On the disk: the same call again
@@ -174,7 +174,7 @@ def test_interrupts_of_the_loop(table, tmp_path):
             waiting = load_checkpoint(tmp_path / "run" / "checkpoints" / "step-00000005").state["losses"]
             assert len(waiting) == 2  # of steps 4 and 5; the line of step 6 has their mean
     found = finish(config, tmp_path / "run")
-    assert found.equal(straight) == dict.fromkeys(found.equal(found), True)
+    assert found.equal(straight) == WHOLE
     assert names(tmp_path / "run") == names(path)
     rows = found.log.decode().count("\n")
     assert rows == 8 + 5  # lines of losses, and of the held-out loss
@@ -183,7 +183,7 @@ def test_interrupts_of_the_loop(table, tmp_path):
 def test_the_same_call_after_the_end_changes_nothing(table):
     config, path, straight = table
     before = {name: (path / name).stat().st_mtime_ns for name in names(path)}
-    assert finish(config, path) == straight
+    assert finish(config, path).equal(straight) == WHOLE
     assert {name: (path / name).stat().st_mtime_ns for name in names(path)} == before
 
 
@@ -192,7 +192,7 @@ def test_free_options_may_change(table, tmp_path):
     until(12, config=config, path=tmp_path / "run")
     until(19, config=replace(config, checkpoint_every=4, keep_last=2), path=tmp_path / "run")
     found = finish(replace(config, checkpoint_every=7, keep_last=3), tmp_path / "run")
-    assert equal_parts(found.last, straight.last) == dict.fromkeys(PARTS, True)
+    assert equal_parts(found.last, straight.last) == ALL
     assert found.samples == straight.samples
     assert torch.equal(losses(tmp_path / "run"), losses(path))
     assert found.log != straight.log  # negative control: held-out losses are of other steps
@@ -204,6 +204,25 @@ def test_other_options_may_not(table, tmp_path):
     for changes in ({"seed": 1}, {"steps": 25}, {"log_every": 4}, {"batch": 128}, {"accumulate": 2}):
         with pytest.raises(CheckpointError, match=rf"{next(iter(changes))} = .* here, .* there"):
             finish(replace(config, **changes), tmp_path / "run")
+
+
+def test_what_is_renamed_is_on_the_disk(table, tmp_path, monkeypatch):
+    """A power cut can't be had here, so the order of fsync and rename is looked at instead."""
+    config, safe, renamed, fsync, replace_file = table[0], set(), [], os.fsync, os.replace
+
+    def spy_fsync(handle):
+        fsync(handle)
+        safe.add(os.fstat(handle).st_ino)
+
+    def spy_replace(source, target):
+        assert os.stat(source).st_ino in safe
+        renamed.append(os.path.basename(target))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    finish(config, tmp_path)
+    assert {"run.json", "log.jsonl", "step-00000024"} <= set(renamed)
 
 
 # Damage
@@ -237,8 +256,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(interrupted,
     damage(run / "checkpoints" / "step-00000015" / name, source)
     with pytest.warns(CheckpointWarning, match=rf"step-00000015/{name}.*Until then step-00000010 is used"):
         found = finish(config, run)
-    assert found.equal(straight) == dict.fromkeys(found.equal(found), True)
-    assert sorted(os.listdir(run / "checkpoints")) == ["step-00000010", "step-00000015", "step-00000020"]
+    assert found.equal(straight) == WHOLE
+    assert names(run) == names(path.with_name("straight"))
 
 
 # Processes that are killed
@@ -269,34 +288,12 @@ def test_without_a_valid_checkpoint_nothing_is_overwritten(interrupted, children
     assert content(run) == before
 
 
-def killed(children, folder, words, straight, kills, *, ranks=1, seed=0):
-    """Kill runs in given ways, the same command again and again; every run that gets to its end, as equal parts.
-
-    A kill is the number of a file operation, or None for a random moment of the time that a whole run takes.
-    """
-    chance, found, directory = random.Random(seed), [], folder / "0"
-    whole = children.run(words(folder / "whole"), ranks=ranks)
-    assert whole.status == 0, whole.words
-    waiting = list(kills)
-    while True:
-        how = waiting.pop(0) if waiting else 0
-        delay = chance.uniform(0, whole.seconds) if how is None else None
-        end = children.run(words(directory), ranks=ranks, delay=delay, call=how or 0)
-        if end.killed:
-            continue
-        assert end.status == 0, end.words
-        found.append(results(directory).equal(straight))
-        if not waiting:
-            return found
-        directory = folder / str(len(found))
-
-
 def test_kills_of_a_process(children, tmp_path):
-    config = small("gmm8", steps=200, batch=64, width=16, checkpoint_every=20, log_every=7, keep_last=2)
-    straight = finish(config, tmp_path / "straight")
-    # 1 to 3: amid the description of the run and the log; then amid the first checkpoints of an attempt
-    kills = (1, 2, 3, None, 6, None, 9, None, 23, None)
-    found = killed(children, tmp_path, lambda out: argv(config, out), straight, kills)
-    assert found == [dict.fromkeys(found[0], True)] * len(found)
-    again = results(tmp_path / "whole").equal(straight)
-    assert again == dict.fromkeys(again, True)  # a process on its own does the sums of this one
+    config = small("gmm8", steps=200, batch=256, width=16, checkpoint_every=20, log_every=7, keep_last=2)
+    chance = random.Random(0)
+    # amid the description of the run and the log, then amid the first checkpoints of an attempt, then at random
+    kills = [{"call": call} for call in (1, 2, 3, 4, 7, 11, 25)] + [{"delay": chance.random()} for _ in range(4)]
+    found = killed(children, tmp_path, config, kills)
+    assert found == [WHOLE] * len(found)
+    here = finish(config, tmp_path / "here")
+    assert results(tmp_path / "whole").equal(here) == WHOLE  # a process on its own does the sums of this one

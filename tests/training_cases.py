@@ -35,6 +35,7 @@ from sdesens.training.samples import draw_samples
 from sdesens.training.trainer import Trainer
 
 CPU = Ranks(0, 1, torch.device("cpu"))
+KILLED = "-- killed --"
 PARTS = ("weights", "EMA", "optimiser", "rest")
 
 
@@ -142,7 +143,8 @@ class Outcome(NamedTuple):
 
     @property
     def killed(self) -> bool:
-        return self.status == -signal.SIGKILL
+        """Whether it ended by a kill that was asked for, whatever its other ranks said of it."""
+        return self.status != 0 and KILLED in self.words
 
 
 class Nursery:
@@ -180,6 +182,41 @@ class Nursery:
         self.process.stdin.flush()
         return Outcome(*json.loads(self.process.stdout.readline()))
 
+    def run_to_the_end(self, words: list[str], **options) -> Outcome:
+        """Run a command that is to succeed."""
+        end = self.run(words, **options)
+        assert end.status == 0, end.words
+        return end
+
+
+def killed(children: Nursery, folder: Path, config: TrainConfig, kills: list[dict], *, ranks: int = 1) -> list[dict]:
+    """Kill a run again and again, giving the same command; compare whatever gets to its end with a run left alone.
+
+    Parameters
+    ----------
+    folder : Path
+        Gets the run that is left alone, "whole", and the others.
+    kills : list of dict
+        `call` or `delay`, and `victim`, as `Nursery.run` takes them; a delay is a share of the time of a whole run.
+
+    Returns
+    -------
+    list of dict
+        For each run that got to its end, which results are the same bits; one at least.
+    """
+    whole = children.run_to_the_end(argv(config, folder / "whole"), ranks=ranks)
+    straight, found, hits = results(folder / "whole"), [], 0
+    for kill in [*kills, {}]:
+        path = folder / str(len(found))  # a new one if the last kill came too late
+        how = {**kill, "delay": kill["delay"] * whole.seconds} if "delay" in kill else kill
+        end = children.run(argv(config, path), ranks=ranks, **how)
+        hits += end.killed
+        if not end.killed:
+            assert end.status == 0, end.words
+            found.append(results(path).equal(straight))
+    assert hits > len(kills) / 2  # not vacuous
+    return found
+
 
 @contextmanager
 def nursery() -> Iterator[Nursery]:
@@ -207,14 +244,14 @@ def _job(words, ranks, delay, victim, call, careless) -> Outcome:
         pid = os.fork()
         if pid == 0:
             _child(output.fileno(), words, ranks, call, careless)
-        _await(pid, began + delay if delay is not None else float("inf"), victim)
+        killed = _await(pid, began + delay if delay is not None else float("inf"), victim)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         output.seek(0)
-        return Outcome(status, output.read(), time.monotonic() - began)
+        return Outcome(status, output.read() + KILLED * killed, time.monotonic() - began)
 
 
-def _await(pid: int, moment: float, victim: int | None) -> None:
-    """Until the process ends; kill it, or a child of it, at the moment."""
+def _await(pid: int, moment: float, victim: int | None) -> bool:
+    """Wait for the process to end, or for the moment to kill it or a child of it; whether the latter came first."""
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
         if time.monotonic() >= moment:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -224,8 +261,9 @@ def _await(pid: int, moment: float, victim: int | None) -> None:
                 os.kill(int(children[victim]), signal.SIGKILL)
             else:
                 continue  # not born yet
-            return
+            return True
         time.sleep(0.001)
+    return False
 
 
 def _child(output: int, words: list[str], ranks: int, call: int, careless: bool) -> None:
@@ -255,19 +293,23 @@ def _unsettled(ranks: Ranks, net, dry_pass):
 
 
 def _rank(words: list[str], call: int) -> None:
-    if status := command(words, call if os.environ["RANK"] == "0" else 0):
+    signal.signal(
+        signal.SIGTERM, signal.SIG_DFL
+    )  # not the agent's handler, which a fork inherits and torchrun's do not
+    if status := command(words, call):
         raise RuntimeError(f"exit status {status}")
 
 
 def command(words: list[str], call: int = 0) -> int:
-    """The command `sdesens`; its exit status. Before the `call`-th fsync or rename it is killed."""
+    """The command `sdesens`; its exit status. Before the `call`-th fsync or rename of the first rank that is killed."""
     done = 0
 
     def deadly(function):
         def counted(*args):
             nonlocal done
             done += 1
-            if done == call:
+            if done == call and os.environ.get("RANK", "0") == "0":
+                print(KILLED, file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args)
 
