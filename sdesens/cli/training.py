@@ -6,9 +6,11 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from tqdm import tqdm
 
-from sdesens.cli.common import console, plain
+from sdesens.cli.common import console, load_object, plain
 from sdesens.errors import ArgumentError
 from sdesens.training.config import RECIPES, TrainConfig, recipe
 from sdesens.training.data import Data
@@ -17,6 +19,9 @@ from sdesens.training.ranks import choose_device
 from sdesens.training.report import level_table, make_report, table
 from sdesens.training.run import open_run
 from sdesens.training.samples import draw_samples
+from sdesens.training.steer import Round
+from sdesens.training.steer_objective import LinearReward, Reward
+from sdesens.training.steer_run import steer_run
 from sdesens.training.train import train as train_run
 
 OUT = Annotated[Path | None, typer.Option(help="The run's directory; runs/NAME if left out.")]
@@ -140,5 +145,59 @@ def report(
     console().print(level_table(found))
 
 
-def steer() -> None:
-    """Tune."""
+def steer(
+    run: RUN,
+    reward: Annotated[
+        str,
+        typer.Option(
+            help="linear:0.5,0.25 for a.x, or FILE.py:NAME, a function x (B, *event) -> (B,) in the data's units."
+        ),
+    ],
+    method: Annotated[str, typer.Option(help="gradient (any reward), pathwise, or adjoint_matching.")] = "gradient",
+    rounds: Annotated[int, typer.Option(help="Steps of the optimiser.")] = 200,
+    batch: Annotated[int, typer.Option(help="Paths a round.")] = 400,
+    lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 2e-3,
+    eta: Annotated[float, typer.Option(help="Noise level of the sampler; below 1 it remembers its start.")] = 1.0,
+    steps: Annotated[int, typer.Option(help="Steps of the sampler that is tuned.")] = 32,
+    label: Annotated[int | None, typer.Option("--class", help="The class, for a model with classes.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Directory of the tuned model; RUN-steered if left out.")] = None,
+    device: DEVICE = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Tune a trained model so that its samples have the law p e^r, and show how its mean reward moves with the sampler's parameters."""
+    found = open_run(run)
+    require_matplotlib()
+    where = out or run.with_name(run.name + "-steered")
+    with tqdm(total=rounds, unit=" rounds", disable=True if as_json else None) as bar:
+
+        def seen(r: Round) -> None:
+            bar.set_postfix_str(f"mean reward {r.reward:.4g}", refresh=False)
+            bar.update()
+
+        outcome = steer_run(
+            found, _reward(reward), where, method=method, rounds=rounds, batch=batch, lr=lr, eta=eta, n_steps=steps, label=label,
+            seed=seed, device=choose_device(device), callback=seen,
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(plain(outcome.to_json()), indent=2, allow_nan=False))
+        return
+    console().print(outcome.table())
+    console().print(outcome.derivatives.table())
+    console().print(f"tuned model: {where}; picture: {where / 'steer.png'}", soft_wrap=True)
+
+
+def _reward(words: str) -> Reward:
+    kind, _, rest = words.partition(":")
+    if kind == "linear":
+        try:
+            return LinearReward(torch.tensor([float(a) for a in rest.split(",")], dtype=torch.float64))
+        except ValueError as error:
+            raise ArgumentError(f"`reward` {words!r} is not linear:NUMBER,NUMBER,...: {error}.") from error
+    if not rest:
+        raise ArgumentError(f"`reward` must be linear:NUMBER,NUMBER,... or FILE.py:NAME, got {words!r}.")
+    found, there = load_object(words)
+    if not callable(found):
+        names = ", ".join(k for k, v in there.items() if callable(v) and not k.startswith("_"))
+        raise ArgumentError(f"{words!r} is not a function x (B, *event) -> (B,); that file has {names or 'none'}.")
+    return found

@@ -109,6 +109,18 @@ def save_samples(samples: Samples, form: Form, file: Path, *, like: Tensor | Non
     _save(figure, file, plt)
 
 
+def save_comparison(samples: dict[str, Tensor], form: Form, file: Path) -> None:
+    """Write a picture of several sets of samples, side by side, by their names."""
+    figure, axes, plt = _figure(5 * len(samples), 5, len(samples))
+    for ax, (name, x) in zip(axes, samples.items(), strict=True):
+        show_samples(ax, x, form, label=name).set_title(name)
+    if not is_image(form):
+        for ax in axes:
+            ax.set_adjustable("box")
+            ax.set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
+    _save(figure, file, plt)
+
+
 def save_report(report: Report, data: Data, rows: list[dict[str, Any]], floors: dict[str, float], file: Path) -> None:
     """Write the picture of a report: samples, for images beside data, what is learnt, and the course of training."""
     image = is_image(data.form)

@@ -34,11 +34,19 @@ class Run:
     config : TrainConfig
     form : Form
         Of the data.
+    steered : dict or None
+        How the model was steered, if it was; such a run is not trained on.
     """
 
     path: Path
     config: TrainConfig
     form: Form
+    steered: dict | None = None
+
+    @property
+    def meta(self) -> dict:
+        """The configuration and the form of the data, for JSON."""
+        return {"config": self.config.to_json(), "form": self.form.to_json()}
 
     @property
     def checkpoints(self) -> Path:
@@ -67,7 +75,7 @@ class Run:
 
     def check(self, meta: dict) -> None:
         """Raise CheckpointError unless a checkpoint's description is this run's."""
-        there = Run(self.path, TrainConfig.from_json(meta["config"]), Form.from_json(meta["form"]))
+        there = Run(self.path, TrainConfig.from_json(meta["config"]), Form.from_json(meta["form"]), self.steered)
         if differences := self.differences(there):
             raise CheckpointError(
                 f"{str(self.checkpoints)!r} holds checkpoints of another run ({'; '.join(differences)}): move them away."
@@ -77,7 +85,8 @@ class Run:
         """What differs in a way that changes the numbers, in words."""
         here, there = self.form.to_json(), other.form.to_json()
         form = [f"the data's {k} = {v!r} here, {there[k]!r} there" for k, v in here.items() if v != there[k]]
-        return self.config.differences(other.config) + form
+        steered = [] if self.steered == other.steered else ["one of the two was steered"]
+        return self.config.differences(other.config) + form + steered
 
 
 def open_run(path: str | Path) -> Run:
@@ -93,7 +102,8 @@ def open_run(path: str | Path) -> Run:
         raise CheckpointError(f"{str(path)!r} is not a run: it has no run.json. `sdesens train` makes one.")
     try:
         found = json.loads(file.read_text())
-        return Run(Path(path), TrainConfig.from_json(found["config"]), Form.from_json(found["form"]))
+        config, form = TrainConfig.from_json(found["config"]), Form.from_json(found["form"])
+        return Run(Path(path), config, form, found.get("steered"))
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{str(file)!r} does not describe a run ({error}): restore it, or train in another directory."
@@ -121,7 +131,7 @@ def claim(run: Run) -> None:
     if path.is_dir() and any(p.name != PART for p in path.iterdir()):
         raise CheckpointError(f"{str(path)!r} is not empty and is not a run: give a new or an empty directory.")
     path.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps({"config": run.config.to_json(), "form": run.form.to_json()}, indent=2) + "\n", PART)
+    write_whole(file, json.dumps({**run.meta, "steered": run.steered}, indent=2) + "\n", PART)
 
 
 def write_whole(file: Path, text: str, part: str) -> None:

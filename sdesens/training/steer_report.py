@@ -1,0 +1,260 @@
+"""What steering did, beside what it should do: moments of samples, those of p e^r, and derivatives of the mean reward.
+
+Samples that remember their start x_T do not get p* ~ p e^r. The best that a control can do leaves the law of x_T as it is and tilts what
+comes of it: with P(dx_0 | x_T) the base's samples from that start,
+
+    P*(dx_0, dx_T) = P(dx_T) P(dx_0 | x_T) e^r(x_0) / E[e^r | x_T].                               (1)
+
+`predicted` takes moments of (1) from M samples of the base from each of some starts, weighted by e^r. A mean by weights v_j ~ e^r_j of
+sum 1 is biased by -sum_j v_j^2 (f_j - mean) in the order 1/M; the weights used are
+
+    v_j + v_j^2 - v_j sum_i v_i^2,                                                                (2)
+
+which leaves the order 1/M^2. If the start is forgotten, (1) is p e^r. For Gaussian data of variance s^2 all along the shift is that of
+p e^r less the share that `remembered` computes.
+
+Reference: C. Domingo-Enrich et al., 2409.08861, section 4, for (1).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from sdesens.diffusion.checks import whole
+from sdesens.diffusion.oracles import Gaussian, GaussianMixture
+from sdesens.diffusion.predict import NET, Predictor
+from sdesens.diffusion.sensitivity import sampler_problem
+from sdesens.errors import ArgumentTypeError
+from sdesens.estimate import Estimate, Moments, total
+from sdesens.montecarlo import Sensitivity, sensitivity
+from sdesens.noise import Philox
+from sdesens.training.steer_objective import LinearReward, Reward, Sampling, rewarded
+
+AT_ONCE = 2**22  # numbers of samples, or of their squares, worked on together
+STARTS = 0x64736DF0  # the stream of the starts of `predicted`
+
+
+@dataclass(frozen=True, eq=False)
+class Steered:
+    """Mean reward, mean and covariance of samples.
+
+    Attributes
+    ----------
+    reward : Estimate, 0-dim
+    mean : Estimate, shape (d,)
+    cov : Estimate, shape (d, d)
+        Of the flattened samples. Its standard error leaves out that the mean is estimated too, a share of order 1/n.
+    """
+
+    reward: Estimate
+    mean: Estimate
+    cov: Estimate
+
+    def deviation(self, exact: "Steered") -> dict[str, Estimate]:
+        """Distance of the mean and of the covariance from others, as a share of their norms, and of the reward as it is."""
+        return {
+            "reward": _between(self.reward, exact.reward, 1.0),
+            "mean": _between(self.mean, exact.mean, float(exact.mean.mean.norm())),
+            "cov": _between(self.cov, exact.cov, float(exact.cov.mean.norm())),
+        }
+
+    def to_dict(self) -> dict:
+        """Plain numbers."""
+        return {"reward": self.reward.to_dict(), "mean": self.mean.to_dict(), "cov": self.cov.to_dict()}
+
+
+def _between(a: Estimate, b: Estimate, norm: float) -> Estimate:
+    """|a - b| / norm, with the root mean square of what sampling alone would make of it as its standard error."""
+    noise = (a.standard_error.square() + b.standard_error.square()).sum().sqrt()
+    return Estimate((a.mean - b.mean).norm() / norm, noise / norm, max(a.n, b.n), min(a.dof, b.dof))
+
+
+def moments(denoiser: Predictor, sampling: Sampling, reward: Reward, *, n: int = 20_000, seed: int = 0) -> Steered:
+    """Moments of a model's samples.
+
+    Parameters
+    ----------
+    denoiser : Predictor
+    sampling : Sampling
+    reward : callable x (B, *event) -> (B,)
+    n, seed : int
+        Samples, at least 2, and their noise, which is not that of steering with the same seed.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError, ShapeError, NonFiniteError
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP, uniform_grid
+    >>> base = Gaussian(torch.zeros(2), torch.ones(2)).denoiser(VP())
+    >>> found = moments(base, Sampling(uniform_grid(VP(), 20), (2,)), LinearReward([1.0, 0.0]), n=100)
+    >>> found.mean.mean.shape, found.cov.mean.shape
+    (torch.Size([2]), torch.Size([2, 2]))
+    """
+    whole("n", n, 2, hint="it is a number of samples")
+    size, noise = _block(sampling, 1), Philox(seed)
+    parts = [sampling.draw(denoiser, min(size, n - k), noise, k) for k in range(0, n, size)]
+    rewards = torch.cat([rewarded(reward, x).double() for x in parts])
+    x = torch.cat(parts).flatten(1).double()
+    one = torch.ones(1, dtype=torch.float64, device=x.device)
+    return _weighted(rewards[:, None], x[:, None], one.expand(n, 1))
+
+
+def predicted(
+    base: Predictor, sampling: Sampling, reward: Reward, *, n_starts: int = 1000, n_each: int = 64, seed: int = 0
+) -> Steered:
+    """Moments of the law that steering aims at, equation (1), whatever is remembered of the start; by samples of the base alone.
+
+    Parameters
+    ----------
+    base : Predictor
+        The model before steering.
+    sampling : Sampling
+    reward : callable x (B, *event) -> (B,)
+    n_starts, n_each : int
+        Starts, and samples from each, at least 2. Standard errors come from the spread over starts. Few samples carry the weight if
+        n_each is not large beside the mean of e^(2r) over the squared mean of e^r.
+    seed : int
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP, uniform_grid
+    >>> base = Gaussian(torch.zeros(1), torch.ones(1)).denoiser(VP())
+    >>> sampling = Sampling(uniform_grid(VP(), 20), (1,))
+    >>> found = predicted(base, sampling, LinearReward([1.0]), n_starts=100, n_each=20)
+    >>> bool((found.mean.mean - 1).abs() < 0.3)  # that of N(1, 1)
+    True
+    """
+    whole("n_starts", n_starts, 2, hint="it is a number of starts")
+    whole("n_each", n_each, 2, hint="it is a number of samples")
+    noise = Philox(seed)
+    starts = sampling.begin(base, n_starts, Philox(seed, STARTS))
+    size = _block(sampling, n_each)
+    parts = [
+        sampling.go_on(base, starts[k : k + size].repeat_interleave(n_each, 0), noise, k * n_each)
+        for k in range(0, n_starts, size)
+    ]
+    rewards = torch.cat([rewarded(reward, x).double() for x in parts]).unflatten(0, (n_starts, n_each))
+    x = torch.cat(parts).flatten(1).double().unflatten(0, (n_starts, n_each))
+    v = torch.softmax(rewards, 1)
+    return _weighted(rewards, x, v + v.square() - v * v.square().sum(1, keepdim=True))
+
+
+def tilted(law: Gaussian | GaussianMixture, reward: LinearReward) -> Steered:
+    """The exact moments of p e^r.
+
+    Raises
+    ------
+    ArgumentTypeError
+        For another reward than a linear one.
+
+    Example
+    -------
+    >>> tilted(Gaussian(torch.zeros(2), torch.ones(2)), LinearReward([1.0, -1.0])).mean.mean
+    tensor([ 1., -1.], dtype=torch.float64)
+    """
+    if not isinstance(reward, LinearReward):
+        raise ArgumentTypeError(f"`reward` must be a LinearReward, got {reward!r:.60}: p e^r is not known for others.")
+    found = law.tilt(reward.slopes)
+    cov = torch.diag(found.cov) if found.cov.dim() == 1 else found.cov
+    return Steered(*(Estimate(v, torch.zeros_like(v), 0, 1) for v in (found.mean @ reward.slopes, found.mean, cov)))
+
+
+def _block(sampling: Sampling, each: int) -> int:
+    """How many units of `each` samples are drawn together."""
+    return max(1, AT_ONCE // (16 * each * torch.Size(sampling.event).numel()))
+
+
+def _weighted(rewards: Tensor, x: Tensor, v: Tensor) -> Steered:
+    """Moments of units of weighted samples: rewards and weights v (units, each), x (units, each, d)."""
+    mean = torch.einsum("ue,ued->ud", v, x)
+    off = x - mean.mean(0)
+    size = max(1, AT_ONCE // x.shape[2] ** 2)
+    squares = (
+        torch.einsum("ue,ued,uef->udf", v[k : k + size], off[k : k + size], off[k : k + size])
+        for k in range(0, len(x), size)
+    )
+    return Steered(_estimate([(v * rewards).sum(1)]), _estimate([mean]), _estimate(squares))
+
+
+def _estimate(parts: Iterable[Tensor]) -> Estimate:
+    return total(Moments.of_units(part, 1) for part in parts).estimate()
+
+
+@dataclass(frozen=True)
+class Derivatives:
+    """d E[r(x_0)] / d parameter by several methods on the same noise; prints as a table.
+
+    Attributes
+    ----------
+    results : dict of Sensitivity
+        By method; `results[method].gradient[parameter]` has a standard error.
+    """
+
+    results: dict[str, Sensitivity]
+
+    def to_dict(self) -> dict:
+        """Plain numbers, by method."""
+        return {k: v.to_dict() for k, v in self.results.items()}
+
+    def table(self) -> Table:
+        """One row a parameter, one column a method: the derivative and its 95 % interval."""
+        first = next(iter(self.results.values()))
+        table = Table(title=f"E[r] = {first.value!r}", title_justify="left")
+        for head in ("parameter", *self.results):
+            table.add_column(head)
+        for name in first.gradient:
+            marks = ["" if name not in r.unreliable else " (tail too heavy)" for r in self.results.values()]
+            cells = [f"{r.gradient[name]!r}".split(" (95%")[0] for r in self.results.values()]
+            table.add_row(f"d/d {name}", *(c + m for c, m in zip(cells, marks, strict=True)))
+        return table
+
+
+def derivatives(
+    denoiser: Predictor,
+    sampling: Sampling,
+    reward: Reward,
+    *,
+    wrt: Sequence[str] | None = None,
+    methods: Sequence[str] = ("pathwise", "finite_difference"),
+    n_paths: int = 10_000,
+    seed: int = 0,
+) -> Derivatives:
+    """How the mean reward of a sampler moves with its parameters.
+
+    Parameters
+    ----------
+    denoiser : Predictor
+        A `Guided` one has the parameter "guidance".
+    sampling : Sampling
+        With `start` left out.
+    reward : callable x (B, *event) -> (B,)
+    wrt : names, optional
+        "eta", "guidance", those of the schedule, patterns; all but the network's weights if left out.
+    methods : names
+        Of `sdesens.METHODS`. Central differences see only what moves smoothly with the noise held, as pathwise derivatives do.
+    n_paths, seed : int
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentError, GridError, UnknownParameterError
+        See `sdesens.sensitivity`.
+
+    Example
+    -------
+    >>> from sdesens.diffusion import VP, Guided, uniform_grid
+    >>> c, u = (Gaussian([m], [1.0]).denoiser(VP()) for m in (1.0, 0.0))
+    >>> found = derivatives(Guided(c, u, 2.0), Sampling(uniform_grid(VP(), 20), (1,)), LinearReward([1.0]), wrt=("guidance",), n_paths=200)
+    >>> [round(float(r.gradient["guidance"].mean), 6) for r in found.results.values()]
+    [1.032487, 1.032487]
+    """
+    if sampling.start is not None:
+        raise ArgumentTypeError("`sampling` must start from the prior for derivatives: leave `start` out.")
+    problem = sampler_problem(denoiser, sampling.grid, reward, event=sampling.event, eta=sampling.eta)
+    names = [k for k in problem.sde.params if NET not in k] if wrt is None else wrt
+    how = {"n_paths": n_paths, "seed": seed, "audit": False, "progress": False}
+    return Derivatives({m: sensitivity(problem, method=m, wrt=tuple(names), **how) for m in methods})

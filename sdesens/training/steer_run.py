@@ -1,0 +1,170 @@
+"""Steer the model of a run: a new run with the tuned network, a table of what it did, and a picture.
+
+OUT/run.json, OUT/checkpoints/     a run that `sdesens sample` knows; it is not trained on
+OUT/steer.json, OUT/steer.png      moments before and after beside the target's, derivatives of the reward; samples
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from sdesens.diffusion.adjoint_matching import REMEMBERED, remembered
+from sdesens.diffusion.predict import Denoiser, Predictor
+from sdesens.diffusion.wrappers import guide
+from sdesens.errors import ArgumentError
+from sdesens.estimate import Estimate
+from sdesens.noise import Philox
+from sdesens.training.checkpoint import save_checkpoint
+from sdesens.training.data import Form, load_data
+from sdesens.training.pictures import save_comparison
+from sdesens.training.run import Run, claim, write_whole
+from sdesens.training.snapshot import Snapshot
+from sdesens.training.steer import Round, steer
+from sdesens.training.steer_objective import LinearReward, Reward, Sampling, steering_grid
+from sdesens.training.steer_report import Derivatives, Steered, derivatives, moments, predicted, tilted
+
+FINE = 4  # the grid of evaluation has so many steps for one of tuning
+SHOWN = 2000
+
+
+@dataclass(frozen=True)
+class InUnits:
+    """A reward of samples in the data's own units."""
+
+    reward: Reward
+    form: Form
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.reward(self.form.restore(x))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What steering did.
+
+    Attributes
+    ----------
+    before, after, target : Steered
+        Moments of the base's samples, of the tuned model's, and of the law that it aims at.
+    exact : bool
+        Whether the target is a closed form; else it comes from weighted samples of the base.
+    derivatives : Derivatives
+        Of the base's mean reward.
+    """
+
+    before: Steered
+    after: Steered
+    target: Steered
+    exact: bool
+    derivatives: Derivatives
+
+    def to_json(self) -> dict:
+        """Plain numbers."""
+        moments = {k: getattr(self, k).to_dict() for k in ("before", "after", "target")}
+        off = {k: v.to_dict() for k, v in self.after.deviation(self.target).items()}
+        return {**moments, "exact": self.exact, "deviation": off, "derivatives": self.derivatives.to_dict()}
+
+    def table(self) -> Table:
+        """Moments before and after beside the target's."""
+        found = Table("", "before", "steered", "target, exact" if self.exact else "target, sampled")
+        rows = (self.before, self.after, self.target)
+        found.add_row("mean reward", *(_shown(s.reward) for s in rows))
+        for i in range(min(4, len(self.target.mean.mean))):
+            found.add_row(f"mean of x[{i}]", *(_shown(s.mean, i) for s in rows))
+            found.add_row(f"variance of x[{i}]", *(_shown(s.cov, (i, i)) for s in rows))
+        off = self.after.deviation(self.target)
+        for k in ("mean", "cov"):
+            found.add_row(f"off target, {k}", "", f"{100 * float(off[k].mean):.2g} % (noise {100 * float(off[k].standard_error):.2g} %)")  # fmt: skip
+        return found
+
+
+def steer_run(
+    run: Run,
+    reward: Reward,
+    out: Path,
+    *,
+    method: str = "gradient",
+    rounds: int = 200,
+    batch: int = 400,
+    lr: float = 2e-3,
+    eta: float = 1.0,
+    n_steps: int = 32,
+    label: int | None = None,
+    n: int = 20_000,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    callback: Callable[[Round], None] | None = None,
+) -> Outcome:
+    """Steer a run's model to the law p e^r, and write a new run.
+
+    Parameters
+    ----------
+    run : Run
+    reward : callable x (B, *event) -> (B,)
+        Of samples in the data's own units.
+    out : Path
+        The new run's directory: new or empty.
+    method, rounds, batch, lr, eta, seed, callback
+        As of `steer`; `rounds` are its steps.
+    n_steps : int
+        Steps of the sampler that is tuned; it is judged on a grid four times as fine.
+    label : int, optional
+        The class, for a model with classes.
+    n : int
+        Samples of each table entry.
+    device : str or torch.device
+
+    Raises
+    ------
+    ArgumentError, CheckpointError, NonFiniteError
+    """
+    if out.resolve() == run.path.resolve():
+        raise ArgumentError(
+            f"`out` must be another directory than the run's, {str(out)!r}: the tuned model is a new run."
+        )
+    base, law = _one_class(run, label, device), load_data(run.config.data).law
+    std = run.form.sigma_data
+    tuning, judging = (
+        Sampling(steering_grid(base.schedule, k, data_std=std), run.form.event, eta) for k in (n_steps, FINE * n_steps)
+    )
+    if not (isinstance(reward, LinearReward) and law is not None):
+        reward = InUnits(reward, run.form)
+    told = {"method": method, "rounds": rounds, "batch": batch, "lr": lr, "eta": eta, "n_steps": n_steps, "label": label, "seed": seed}  # fmt: skip
+    new = Run(out, run.config, run.form, {"from": str(run.path), "reward": repr(reward), **told})
+    claim(new)
+    tuned = steer(base, tuning, reward, method=method, steps=rounds, batch=batch, lr=lr, seed=seed, data_std=std, callback=callback)  # fmt: skip
+    assert isinstance(tuned.net, nn.Module)
+    weights = tuned.net.state_dict()
+    save_checkpoint(new.checkpoints, Snapshot(rounds, weights, weights, {}, new.meta))
+    exact = isinstance(reward, LinearReward) and remembered(base.schedule, eta, data_std=std) <= REMEMBERED
+    target = tilted(law, reward) if exact else predicted(base, judging, reward, seed=seed + 1)  # type: ignore[arg-type]
+    before, after = (moments(model, judging, reward, n=n, seed=seed + 1) for model in (base, tuned))
+    model: Predictor = base if label is None else guide(base, 1.0, torch.tensor(label, device=device))
+    found = Outcome(before, after, target, exact, derivatives(model, judging, reward, n_paths=min(n, 4000), seed=seed + 2))  # fmt: skip
+    write_whole(out / "steer.json", json.dumps(found.to_json(), indent=2) + "\n", "steer.part")
+    seen = {name: judging.draw(m, SHOWN, Philox(seed + 3)).cpu() for name, m in (("before", base), ("steered", tuned))}
+    save_comparison(seen, run.form, out / "steer.png")
+    return found
+
+
+def _one_class(run: Run, label: int | None, device: str | torch.device) -> Denoiser:
+    denoiser = run.denoiser(device=device)
+    if not run.form.classes:
+        if label is not None:
+            raise ArgumentError("`label` is for a model with classes: its data had no labels.")
+        return denoiser
+    if label is None or isinstance(label, bool) or not 0 <= label < run.form.classes:
+        raise ArgumentError(
+            f"`label` must be a class of the data, 0 ... {run.form.classes - 1}, got {label!r}: a model with classes is steered for one."
+        )
+    return denoiser.given(torch.tensor(label, device=device))
+
+
+def _shown(value: Estimate, at: int | tuple[int, int] | tuple[()] = ()) -> str:
+    error = float(value.standard_error[at])
+    return f"{float(value.mean[at]):.4f}" + (f" +/- {1.96 * error:.4f}" if error else "")
