@@ -70,7 +70,7 @@ class Limit(NamedTuple):
 
     @property
     def bounds(self) -> str:
-        low, high = (f"{x:g}" if abs(x) < float("inf") else "" for x in (self.low, self.high))
+        low, high = (f"{x:.4g}" if abs(x) < float("inf") else "" for x in (self.low, self.high))
         return f"{low} ... {high}" if low and high else f">= {low}" if low else f"<= {high}" if high else ""
 
 
