@@ -29,9 +29,9 @@ from rich.table import Table
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 sys.path.insert(0, str(TESTS))
 
-from training_cases import KILLED, PARTS, argv, results
+from training_cases import KILLED, PARTS, argv, results  # noqa: E402
 
-from sdesens.training.config import TrainConfig, recipe
+from sdesens.training.config import TrainConfig, recipe  # noqa: E402
 
 COMPARED = (*PARTS, "log", "samples")
 CALLS = (3, 26)  # file operations of a process that goes on: first 2 of the log, then about 10 a checkpoint

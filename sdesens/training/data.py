@@ -222,7 +222,9 @@ def _split(name: str, x: np.ndarray, labels: np.ndarray | None, *, n_test: int, 
     sigma_data = float(train.double().var(0, correction=0).mean().sqrt())
     fingerprint = _fingerprint(x, np.zeros(0) if labels is None else labels)
     return Data(
-        Form(name, tuple(x.shape[1:]), classes, sigma_data, float(train.min()), float(train.max()), fingerprint, **form),
+        Form(
+            name, tuple(x.shape[1:]), classes, sigma_data, float(train.min()), float(train.max()), fingerprint, **form
+        ),
         train,
         test,
         None if labels_of is None else labels_of[order[n_test:]],

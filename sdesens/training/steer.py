@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,14 @@ from sdesens.blocks import BLOCK
 from sdesens.diffusion.adjoint_matching import REMEMBERED, lean_adjoint, matching_loss, remembered
 from sdesens.diffusion.checks import number, whole
 from sdesens.diffusion.predict import NET, Denoiser
-from sdesens.errors import ArgumentError, ArgumentTypeError, HeavyTailWarning, MemoryWarning, NonFiniteError
+from sdesens.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    HeavyTailWarning,
+    MemoryWarning,
+    NonFiniteError,
+    ZeroGradientWarning,
+)
 from sdesens.montecarlo import sensitivity
 from sdesens.noise import Noise, Philox
 from sdesens.tails import Largest, tail
@@ -98,8 +106,11 @@ def gradient(task: Task, n: int, first_path: int) -> Found:
 def pathwise(task: Task, n: int, first_path: int) -> Found:
     """The core's gradient of equation (3)."""
     problem = objective_problem(task.tuned, task.base, task.sampling, task.reward)
-    how = {"check": False, "audit": False, "compile": False, "progress": False}
-    found = sensitivity(problem, n_paths=n, wrt=(NET + "*",), noise=task.noise, first_path=first_path, **how)
+    how: dict[str, Any] = {"check": False, "audit": False, "compile": False, "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZeroGradientWarning)  # weights before a layer that is still zero
+        warnings.simplefilter("ignore", HeavyTailWarning)  # of one weight in one round: see the head of this file
+        found = sensitivity(problem, n_paths=n, wrt=(NET + "*",), noise=task.noise, first_path=first_path, **how)
     for name, weight in task.tuned.weights.items():
         slope = -n * found.gradient[NET + name].mean.to(weight)
         weight.grad = slope if weight.grad is None else weight.grad + slope
@@ -190,7 +201,9 @@ def steer(
     _check(denoiser, method, steps, batch, accumulate)
     number("lr", lr, 0.0, hint="2e-3 is usual")
     _warn_of_memory(denoiser, sampling, data_std)
-    net = deepcopy(denoiser.net).requires_grad_(True)
+    net = deepcopy(denoiser.net)
+    assert isinstance(net, nn.Module)  # `_check` has seen to it
+    net.requires_grad_(True)
     base = replace(denoiser, net=deepcopy(denoiser.net).requires_grad_(False))
     task = Task(replace(denoiser, net=net), base, sampling, reward, Philox(seed, STEERING))
     optimiser = torch.optim.Adam(net.parameters(), lr=lr)
@@ -217,7 +230,8 @@ def _round(task: Task, method: Method, step: int, batch: int, accumulate: int, w
         watched += [f[2] for f in found if f[2] is not None]
     if not bool(torch.isfinite(torch.stack([s.abs().max() for s in slopes] + [rewards.abs().max()])).all()):
         raise NonFiniteError(
-            f"a reward, or the gradient, is infinite or NaN in round {step}: look at `reward` there, or lower `lr`.", step=step
+            f"a reward, or the gradient, is infinite or NaN in round {step}: look at `reward` there, or lower `lr`.",
+            step=step,
         )
     return Round(step, float(rewards.mean()), float(torch.cat(values).mean()) if values else math.nan)
 

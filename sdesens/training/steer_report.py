@@ -18,6 +18,7 @@ Reference: C. Domingo-Enrich et al., 2409.08861, section 4, for (1).
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -256,5 +257,5 @@ def derivatives(
         raise ArgumentTypeError("`sampling` must start from the prior for derivatives: leave `start` out.")
     problem = sampler_problem(denoiser, sampling.grid, reward, event=sampling.event, eta=sampling.eta)
     names = [k for k in problem.sde.params if NET not in k] if wrt is None else wrt
-    how = {"n_paths": n_paths, "seed": seed, "audit": False, "progress": False}
+    how: dict[str, Any] = {"n_paths": n_paths, "seed": seed, "audit": False, "progress": False}
     return Derivatives({m: sensitivity(problem, method=m, wrt=tuple(names), **how) for m in methods})
