@@ -216,7 +216,8 @@ def steer(
         if callback is not None:
             callback(seen)
     _warn_of_tail(watched)
-    return replace(task.tuned, net=net.requires_grad_(False))
+    net.requires_grad_(False)
+    return task.tuned
 
 
 def _round(task: Task, method: Method, step: int, batch: int, accumulate: int, watched: list[Tensor]) -> Round:
