@@ -201,10 +201,11 @@ def steer(
     _check(denoiser, method, steps, batch, accumulate)
     number("lr", lr, 0.0, hint="2e-3 is usual")
     _warn_of_memory(denoiser, sampling, data_std)
-    net = deepcopy(denoiser.net)
+    net, frozen = deepcopy(denoiser.net), deepcopy(denoiser.net)
     assert isinstance(net, nn.Module)  # `_check` has seen to it
+    assert isinstance(frozen, nn.Module)
     net.requires_grad_(True)
-    base = replace(denoiser, net=deepcopy(denoiser.net).requires_grad_(False))
+    base = replace(denoiser, net=frozen.requires_grad_(False))
     task = Task(replace(denoiser, net=net), base, sampling, reward, Philox(seed, STEERING))
     optimiser = torch.optim.Adam(net.parameters(), lr=lr)
     watched: list[Tensor] = []
