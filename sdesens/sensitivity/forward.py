@@ -216,5 +216,6 @@ def _product(J: Tensor, S: Tensor) -> Tensor:
 
 
 def _flatten(tree: Tangents, *lead: int) -> Tensor:
-    """Concatenate the parameters' own axes of each entry into one last axis."""
-    return torch.cat([v.reshape(*lead, -1) for v in tree.values()], dim=-1)
+    """Concatenate the parameters' own axes of each entry into one last axis, on the states' device if some parameters stay on the CPU."""
+    device = next((v.device for v in tree.values() if v.device.type != "cpu"), None)
+    return torch.cat([v.reshape(*lead, -1).to(device) for v in tree.values()], dim=-1)

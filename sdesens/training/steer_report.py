@@ -183,7 +183,7 @@ def _weighted(rewards: Tensor, x: Tensor, v: Tensor) -> Steered:
 
 
 def _estimate(parts: Iterable[Tensor]) -> Estimate:
-    return total(Moments.of_units(part, 1) for part in parts).estimate()
+    return total(Moments.of_units(part.cpu(), 1) for part in parts).estimate()
 
 
 @dataclass(frozen=True)
