@@ -22,7 +22,7 @@ from sdesens.noise import Philox
 from sdesens.training.config import TrainConfig
 from sdesens.training.data import Data
 
-AT_ONCE = 2**17  # numbers drawn together: enough to hide the cost of a call
+AT_ONCE = 2**19  # numbers drawn together: enough to hide the cost of a call
 MOST_STEPS = 64
 
 

@@ -16,6 +16,7 @@ p e^r less the share that `remembered` computes.
 Reference: C. Domingo-Enrich et al., 2409.08861, section 4, for (1).
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ class Steered:
 def _between(a: Estimate, b: Estimate, norm: float) -> Estimate:
     """|a - b| / norm, with the root mean square of what sampling alone would make of it as its standard error."""
     noise = (a.standard_error.square() + b.standard_error.square()).sum().sqrt()
-    return Estimate((a.mean - b.mean).norm() / norm, noise / norm, max(a.n, b.n), min(a.dof, b.dof))
+    return Estimate((a.mean - b.mean).norm() / norm, noise / norm, max(a.n, b.n), min((e.dof for e in (a, b) if e.n), default=1))
 
 
 def moments(denoiser: Predictor, sampling: Sampling, reward: Reward, *, n: int = 20_000, seed: int = 0) -> Steered:
@@ -97,7 +98,7 @@ def moments(denoiser: Predictor, sampling: Sampling, reward: Reward, *, n: int =
     (torch.Size([2]), torch.Size([2, 2]))
     """
     whole("n", n, 2, hint="it is a number of samples")
-    size, noise = _block(sampling, 1), Philox(seed)
+    size, noise = _block(sampling), Philox(seed)
     parts = [sampling.draw(denoiser, min(size, n - k), noise, k) for k in range(0, n, size)]
     rewards = torch.cat([rewarded(reward, x).double() for x in parts])
     x = torch.cat(parts).flatten(1).double()
@@ -117,8 +118,8 @@ def predicted(
     sampling : Sampling
     reward : callable x (B, *event) -> (B,)
     n_starts, n_each : int
-        Starts, and samples from each, at least 2. Standard errors come from the spread over starts. Few samples carry the weight if
-        n_each is not large beside the mean of e^(2r) over the squared mean of e^r.
+        Pairs of a start and its mirror image, and samples from each start, at least 2. Standard errors come from the spread over pairs.
+        Few samples carry the weight if n_each is not large beside the mean of e^(2r) over the squared mean of e^r.
     seed : int
 
     Example
@@ -134,15 +135,14 @@ def predicted(
     whole("n_each", n_each, 2, hint="it is a number of samples")
     noise = Philox(seed)
     starts = sampling.begin(base, n_starts, Philox(seed, STARTS))
-    size = _block(sampling, n_each)
-    parts = [
-        sampling.go_on(base, starts[k : k + size].repeat_interleave(n_each, 0), noise, k * n_each)
-        for k in range(0, n_starts, size)
-    ]
-    rewards = torch.cat([rewarded(reward, x).double() for x in parts]).unflatten(0, (n_starts, n_each))
-    x = torch.cat(parts).flatten(1).double().unflatten(0, (n_starts, n_each))
-    v = torch.softmax(rewards, 1)
-    return _weighted(rewards, x, v + v.square() - v * v.square().sum(1, keepdim=True))
+    starts = torch.stack((starts, -starts), 1).flatten(0, 1).repeat_interleave(n_each, 0)
+    size = _block(sampling)
+    parts = [sampling.go_on(base, starts[k : k + size], noise, k) for k in range(0, len(starts), size)]
+    rewards = torch.cat([rewarded(reward, x).double() for x in parts]).unflatten(0, (n_starts, 2, n_each))
+    v = torch.softmax(rewards, 2)
+    v = (v + v.square() - v * v.square().sum(2, keepdim=True)) / 2
+    x = torch.cat(parts).flatten(1).double().unflatten(0, (n_starts, 2 * n_each))
+    return _weighted(rewards.flatten(1), x, v.flatten(1))
 
 
 def tilted(law: Gaussian | GaussianMixture, reward: LinearReward) -> Steered:
@@ -165,9 +165,9 @@ def tilted(law: Gaussian | GaussianMixture, reward: LinearReward) -> Steered:
     return Steered(*(Estimate(v, torch.zeros_like(v), 0, 1) for v in (found.mean @ reward.slopes, found.mean, cov)))
 
 
-def _block(sampling: Sampling, each: int) -> int:
-    """How many units of `each` samples are drawn together."""
-    return max(1, AT_ONCE // (16 * each * torch.Size(sampling.event).numel()))
+def _block(sampling: Sampling) -> int:
+    """How many samples are drawn together."""
+    return max(1, AT_ONCE // (256 * math.prod(sampling.event)))
 
 
 def _weighted(rewards: Tensor, x: Tensor, v: Tensor) -> Steered:

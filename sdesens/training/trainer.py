@@ -46,7 +46,8 @@ class Trainer:
         self.net = network_of(config, data.form).to(ranks.device)
         self.denoiser = make_denoiser(config, data.form, self.net)
         self.weight = loss_weight(config, data.form.sigma_data)
-        self.average = AveragedModel(self.net, multi_avg_fn=self._mix, use_buffers=False)
+        self.average = AveragedModel(self.net)
+        self.parameters, self.means = list(self.net.parameters()), list(self.average.module.parameters())
         self.optimiser = torch.optim.AdamW(
             self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
@@ -103,16 +104,20 @@ class Trainer:
                 loss = self._loss(denoiser, batch) / len(pieces)
                 loss.backward()
             total += loss.detach()
-        self.grad_norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.config.clip)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        self.average.update_parameters(self.net)
+        self._mix()
         self.losses.append(total)
 
-    def _mix(self, averaged, current, n_averaged) -> None:
-        """Averaged weights by equation (2) of `config.py`."""
-        i = int(n_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(self.config.ema, (1 + i) / (10 + i)))
+    @torch.no_grad()
+    def _mix(self) -> None:
+        """Averaged weights by equation (2) of `config.py`, from those after the first step; on kept lists, which
+        `AveragedModel.update_parameters` makes anew in every step."""
+        i = int(self.average.n_averaged)
+        decay = min(self.config.ema, (1 + i) / (10 + i)) if i else 0.0
+        torch._foreach_lerp_(self.means, self.parameters, 1 - decay)
+        self.average.n_averaged += 1
 
     def gather(self) -> list[float]:
         """The losses since the last line, means over the ranks; raise NonFiniteError if one is not a number."""
