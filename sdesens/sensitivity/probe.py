@@ -210,7 +210,9 @@ def _check_attached(problem: Problem, theta: Theta, noise_dim: int) -> None:
                 by_difference = (values(s + step) - values(s - step)) / (2 * step)
         except (SdesensError, RuntimeError, ArithmeticError):
             continue  # the parameter cannot be moved freely (a correlation matrix): nothing to compare with
-        by_autograd = torch.stack([torch.zeros_like(by_difference[0]) if g is None else g.to(by_difference) for g in own])
+        by_autograd = torch.stack(
+            [torch.zeros_like(by_difference[0]) if g is None else g.to(by_difference) for g in own]
+        )
         gap = (by_autograd - by_difference).abs()
         noise = 1e3 * step**2 * F.detach().abs()
         wrong = gap > 0.05 * torch.maximum(by_autograd.abs(), by_difference.abs()) + noise

@@ -71,7 +71,9 @@ class Steered:
 def _between(a: Estimate, b: Estimate, norm: float) -> Estimate:
     """|a - b| / norm, with the root mean square of what sampling alone would make of it as its standard error."""
     noise = (a.standard_error.square() + b.standard_error.square()).sum().sqrt()
-    return Estimate((a.mean - b.mean).norm() / norm, noise / norm, max(a.n, b.n), min((e.dof for e in (a, b) if e.n), default=1))
+    return Estimate(
+        (a.mean - b.mean).norm() / norm, noise / norm, max(a.n, b.n), min((e.dof for e in (a, b) if e.n), default=1)
+    )
 
 
 def moments(denoiser: Predictor, sampling: Sampling, reward: Reward, *, n: int = 20_000, seed: int = 0) -> Steered:

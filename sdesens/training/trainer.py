@@ -47,7 +47,8 @@ class Trainer:
         self.denoiser = make_denoiser(config, data.form, self.net)
         self.weight = loss_weight(config, data.form.sigma_data)
         self.average = AveragedModel(self.net)
-        self.parameters, self.means = list(self.net.parameters()), list(self.average.module.parameters())
+        self.parameters: list[Tensor] = list(self.net.parameters())
+        self.means: list[Tensor] = list(self.average.module.parameters())
         self.optimiser = torch.optim.AdamW(
             self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
