@@ -183,6 +183,19 @@ def test_directories_of_something_else(tmp_path, table):
         open_run(run)
 
 
+def test_one_process_at_a_time(tmp_path, table):
+    config, seen = small(table, steps=6, picture_every=3), []
+
+    def meanwhile(denoiser, data, file):
+        with pytest.raises(CheckpointError, match="another process is training"):
+            quiet(config, tmp_path / "run")
+        seen.append(open_run(tmp_path / "run").config.steps)  # but it may be read
+
+    quiet(config, tmp_path / "run", picture=meanwhile)
+    assert seen == [6]
+    quiet(config, tmp_path / "run")  # the hold has ended with the run
+
+
 def test_checkpoints_of_another_run_are_not_taken(tmp_path, table):
     quiet(small(table), tmp_path / "a")
     quiet(small(table, lr=0.5), tmp_path / "b")

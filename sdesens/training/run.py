@@ -8,6 +8,8 @@ RUN/pictures/           samples during training
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -132,6 +134,22 @@ def claim(run: Run) -> None:
         raise CheckpointError(f"{str(path)!r} is not empty and is not a run: give a new or an empty directory.")
     path.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps({**run.meta, "steered": run.steered}, indent=2) + "\n", PART)
+
+
+@contextmanager
+def alone(run: Run) -> Iterator[None]:
+    """Hold a run's directory against other processes; raise CheckpointError if one holds it. The end of a process lets go."""
+    with (run.path / "run.json").open() as file:
+        if os.name == "posix":  # Windows has no flock: there nothing is held
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"another process is training in {str(run.path)!r}: wait for it, stop it, or give another directory."
+                ) from error
+        yield
 
 
 def write_whole(file: Path, text: str, part: str) -> None:

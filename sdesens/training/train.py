@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from sdesens.training.data import Data, load_data
 from sdesens.training.floors import training_floors
 from sdesens.training.log import Log
 from sdesens.training.ranks import join
-from sdesens.training.run import Run, claim
+from sdesens.training.run import Run, alone, claim
 from sdesens.training.trainer import Trainer
 
 Picture = Callable[[Denoiser, Data, Path], None]
@@ -70,11 +70,12 @@ def train(
     """
     data = load_data(config.data)
     run = Run(Path(path), config, data.form)
-    with join(device) as ranks, same_convolutions():
+    with join(device) as ranks, same_convolutions(), ExitStack() as held:
         trainer = Trainer(config, data, ranks)
         try:
             if ranks.first:
                 claim(run)
+                held.enter_context(alone(run))
             _resume(trainer, run)
             if trainer.step < config.steps:
                 _loop(trainer, run, Progress(config, data, progress and ranks.first), tensorboard, picture)
