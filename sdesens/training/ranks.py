@@ -105,5 +105,8 @@ def join(device: str = "auto") -> Iterator[Ranks]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
+        # none leaves before the first has saved. Torch's threads live on after the group, and abort a process that ends
+        # while they let go of a tensor: now it is long since they had one
+        dist.barrier(device_ids=[chosen.index] if chosen.type == "cuda" else None)
     finally:
         dist.destroy_process_group()
