@@ -267,11 +267,11 @@ def _warn_of_tail(watched: list[Tensor]) -> None:
     if not watched:
         return
     sizes = torch.cat(watched)
-    found = tail([Largest.of(sizes, 1)], float(sizes.std()))
+    found = tail([Largest.of(sizes, 1)], float(sizes.median()))  # their standard deviation may be that of a few
     if found is not None and found.heavy:
         warnings.warn(
-            f"the lean adjoint looks as if it had no finite variance ({found!r}; above 2 it has one), as where modes lie far apart: adjoint "
-            "matching falls short of p e^r then. Use method='gradient'.",
+            f"the lean adjoint looks as if it had no finite variance ({found!r}; above 2 it has one), as where modes lie far apart: few "
+            "paths carry its mean then, and tuning falls short of p e^r. Use method='gradient', or a coarser grid and many more paths.",
             HeavyTailWarning,
             stacklevel=3,
         )
