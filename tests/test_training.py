@@ -204,6 +204,15 @@ def test_rows_are_split_and_scaled_and_come_back(tmp_path):
     assert again.form == data.form
 
 
+@pytest.mark.parametrize("sizes", [(1e-6, 1e10), (1e-300, 1e200), (1.0, 1e-9)])
+def test_small_columns_beside_large_ones_are_scaled_too(tmp_path, sizes):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(100, 2)) * sizes)
+    data = load_data(str(tmp_path / "x.npy"))
+    both = torch.cat((data.train, data.test)).double()
+    assert torch.allclose(both.std(0, correction=0), torch.ones(2, dtype=torch.float64), atol=1e-6)  # float32
+    assert data.form.scale == pytest.approx(sizes, rel=0.3)  # 4 standard errors of a deviation of 100 rows
+
+
 def test_images_are_scaled_as_a_whole(tmp_path):
     x = np.random.default_rng(0).integers(0, 256, size=(30, 3, 4, 4), dtype=np.uint8)
     np.save(tmp_path / "x.npy", x)
@@ -213,6 +222,7 @@ def test_images_are_scaled_as_a_whole(tmp_path):
     found = data.form.restore(torch.cat((data.train, data.test))).numpy()
     assert sorted(np.rint(found).astype(int).ravel().tolist()) == sorted(x.astype(int).ravel().tolist())
     assert is_image(data.form)
+    assert data.form.cell == pytest.approx(1 / x.std())  # whole numbers lie on a grid
 
 
 @pytest.mark.parametrize("schedule", ["edm", "vp", "cosine", "subvp", "ve", "condot"])

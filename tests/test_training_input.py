@@ -49,11 +49,13 @@ ARRAYS = {
     "numbers": (rows()[:, 0], ShapeError, r"\(rows, \*event\), got \(40,\)"),
     "no columns": (rows()[:, :0], ShapeError, r"got \(40, 0\)"),
     "empty": (rows(0), ShapeError, r"got \(0, 3\)"),
-    "few": (rows(19), ShapeError, "at least 20 rows are needed, got 19"),
+    "few": (rows(29), ShapeError, "at least 30 rows are needed, got 29"),
     "nan": (spoilt(rows(), (7, 1), np.nan), ArgumentError, "1 of 40 rows hold NaN or infinite values, the first is row 7"),
     "infinite": (spoilt(rows(), (slice(3, 5), 1), np.inf), ArgumentError, "2 of 40 rows"),
     "constant": (np.full((40, 3), 2.5), ArgumentError, "all rows are the same"),
-    "huge": (rows() * 1e200, ArgumentError, "scale them down"),
+    "huge": (abs(rows()) * 5e307, ArgumentError, "scale them down"),
+    "channels last": (rows(30, (8, 8, 3)), ShapeError, r"x.transpose\(0, 3, 1, 2\)"),
+    "long integers": (np.arange(40)[:, None] + 2**60, ArgumentError, "beyond 2\\^53"),
 }  # fmt: skip
 
 
@@ -86,6 +88,16 @@ def test_files_that_cannot_be_read(tmp_path, table):
     (tmp_path / "folder.npy").mkdir()
     with pytest.raises(ArgumentError, match="there is no file"):
         load_data(str(tmp_path / "folder.npy"))
+
+
+def test_a_class_that_is_only_in_the_test_rows(tmp_path):
+    x = np.arange(40.0)[:, None]
+    np.save(tmp_path / "x.npy", x)
+    data = load_data(str(tmp_path / "x.npy"))
+    held_out = int(data.form.restore(data.test)[0].round())
+    np.savez(tmp_path / "x.npz", x=x, labels=(np.arange(40) == held_out).astype(int))
+    with pytest.raises(ArgumentError, match="no row of class 1 is left to train on"):
+        load_data(str(tmp_path / "x.npz"))
 
 
 @pytest.mark.parametrize(

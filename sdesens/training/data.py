@@ -18,7 +18,7 @@ from sdesens.errors import ArgumentError, DtypeError, ShapeError
 from sdesens.noise import Philox
 
 BUILT_IN = ("gmm8", "moons", "digits")
-FEWEST_ROWS = 20
+FEWEST_ROWS = 30  # a tenth is for tests, and the distances of scores want three
 MOST_TEST_ROWS = 10_000
 
 
@@ -176,6 +176,14 @@ def _from_arrays(name: str, x: np.ndarray, labels: np.ndarray | None) -> Data:
         raise ShapeError(f"{name}: the data must have shape (rows, *event), got {x.shape}: x[:, None] for numbers.")
     if len(x) < FEWEST_ROWS:
         raise ShapeError(f"{name}: at least {FEWEST_ROWS} rows are needed, got {len(x)}.")
+    if x.ndim == 4 and x.shape[3] in (1, 3, 4) and x.shape[1] not in (1, 3, 4):
+        raise ShapeError(
+            f"{name}: {x.shape} looks like (rows, height, width, channels); images are (rows, channels, height, width) here: use "
+            "x.transpose(0, 3, 1, 2)."
+        )
+    whole = x.dtype.kind in "iub"
+    if whole and max(abs(int(x.max())), abs(int(x.min()))) > 2**53:
+        raise ArgumentError(f"{name}: integers beyond 2^53 would be rounded: subtract an offset first.")
     x = x.astype(np.float64)
     bad = ~np.isfinite(x).reshape(len(x), -1).all(1)
     if bad.any():
@@ -184,18 +192,29 @@ def _from_arrays(name: str, x: np.ndarray, labels: np.ndarray | None) -> Data:
         )
     if labels is not None:
         labels = _check_labels(name, labels, len(x))
-    axes = 0 if x.ndim == 2 else None
+    images = x.ndim > 2
+    x, shift, scale = _standardised(name, x, None if images else 0)
+    cell = 1 / float(scale[0]) if images and whole else 0.0
+    n_test = min(-(-len(x) // 10), MOST_TEST_ROWS)
+    return _split(name, x, labels, n_test=n_test, shift=tuple(shift.tolist()), scale=tuple(scale.tolist()), cell=cell)
+
+
+def _standardised(name: str, x: np.ndarray, axes: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of mean 0 and standard deviation 1, float32, and what was taken off and divided by; a constant column stays one."""
     with np.errstate(over="ignore", invalid="ignore"):  # looked at below
-        shift, scale = np.atleast_1d(x.mean(axes)), np.atleast_1d(x.std(axes))
-    if not np.isfinite(scale).all():
-        raise ArgumentError(f"{name}: the numbers are too large for their variance to be computed: scale them down.")
-    if not (scale > 1e-12 * (np.abs(shift) + np.abs(x).max())).any():
+        shift = np.atleast_1d(x.mean(axes))
+        off = x - shift
+        largest = np.atleast_1d(np.abs(off).max(axes))
+        if not np.isfinite(largest).all():
+            raise ArgumentError(
+                f"{name}: the numbers are too large for their variance to be computed: scale them down."
+            )
+        still = largest <= 1e-12 * np.abs(shift)
+        largest = np.where(still, 1.0, largest)  # a variance of squares may be too small, or too large, for a float
+        scale = np.where(still, 1.0, largest * np.atleast_1d((off / largest).std(axes)))
+    if still.all():
         raise ArgumentError(f"{name}: all rows are the same: there is nothing to learn.")
-    scale = np.where(scale > 1e-12 * (np.abs(shift) + np.abs(x).max()), scale, 1.0)  # a constant column stays
-    x = ((x - shift) / scale).astype(np.float32)
-    return _split(
-        name, x, labels, n_test=min(-(-len(x) // 10), MOST_TEST_ROWS), shift=tuple(shift.tolist()), scale=tuple(scale.tolist())
-    )  # fmt: skip
+    return (off / scale).astype(np.float32), shift, scale
 
 
 def _check_labels(name: str, labels: np.ndarray, n: int) -> np.ndarray:
@@ -220,6 +239,13 @@ def _split(name: str, x: np.ndarray, labels: np.ndarray | None, *, n_test: int, 
     labels_of = None if labels is None else torch.from_numpy(labels)
     train, test = rows[order[n_test:]], rows[order[:n_test]]
     sigma_data = float(train.double().var(0, correction=0).mean().sqrt())
+    if not sigma_data > 0:
+        raise ArgumentError(f"{name}: all rows to train on are the same: there is nothing to learn.")
+    if labels_of is not None and (lost := set(range(classes)) - set(labels_of[order[n_test:]].tolist())):
+        raise ArgumentError(
+            f"{name}: no row of class {', '.join(map(str, sorted(lost)))} is left to train on, as a tenth of the rows is held out: give each class "
+            "more rows, or leave it out."
+        )
     fingerprint = _fingerprint(x, np.zeros(0) if labels is None else labels)
     return Data(
         Form(
