@@ -332,7 +332,7 @@ def test_from_the_command_line_to_a_report(tmp_path):
     run = tmp_path / "runs" / "digits"
     assert {p.name for p in (run / "pictures").iterdir()} == {"step-00000010.png", "step-00000020.png"}
     assert {p.name for p in run.iterdir()} == {
-        "run.json", "checkpoints", "log.jsonl", "tensorboard", "pictures", "report.json", "report.png", "samples.npz",
+        ".lock", "run.json", "checkpoints", "log.jsonl", "tensorboard", "pictures", "report.json", "report.png", "samples.npz",
     }  # fmt: skip
     report = json.loads((run / "report.json").read_text())
     assert {s["name"] for s in report["scores"]} >= {"test bits per dimension", "class hit rate", "eps-loss, train"}

@@ -174,7 +174,7 @@ def test_directories_of_something_else(tmp_path, table):
     run = tmp_path / "run"
     quiet(small(table), run)
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with pytest.raises(CheckpointError, match=r"another configuration.*lr = 0.5 here, 0.001 there"):
+    with pytest.raises(CheckpointError, match=r"holds another run.*lr = 0.5 here, 0.001 there"):
         quiet(small(table, lr=0.5), run)
     np.save(table, rows(seed=1))
     with pytest.raises(CheckpointError, match="fingerprint"):
@@ -199,7 +199,7 @@ def test_one_process_at_a_time(tmp_path, table):
     config, seen = small(table, steps=6, picture_every=3), []
 
     def meanwhile(denoiser, data, file):
-        with pytest.raises(CheckpointError, match="another process is training"):
+        with pytest.raises(CheckpointError, match="another process works in"):
             quiet(config, tmp_path / "run")
         seen.append(open_run(tmp_path / "run").config.steps)  # but it may be read
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_cases
 from training_cases import PARTS, argv, killed, losses, nursery, results, small, write_table
 
 from sdesens.training.batches import Batches
-from sdesens.training.checkpoint import load_checkpoint, load_latest
+from sdesens.training.checkpoint import load_latest
 from sdesens.training.data import load_data
 
 WHOLE = dict.fromkeys((*PARTS, "log", "samples"), True)
@@ -175,32 +176,34 @@ def test_negative_control_without_the_passes_that_settle_the_sums(children, tmp_
     assert not found["optimiser"]
 
 
+def torchrun(*words):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *words]
+    return subprocess.Popen(launch, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 def test_torchrun_and_a_rank_that_is_killed(children, tmp_path):
     """The others are ended by torchrun; runs of torchrun and of the other tests' agent are the same."""
     config = small("gmm8", steps=200, batch=240, width=16, checkpoint_every=20, keep_last=20)
     run = tmp_path / "run"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "sdesens"]
-    agent = subprocess.Popen(
-        [*launch, *argv(config, run)], stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    agent = torchrun("-m", "sdesens", *argv(config, run))
     while not (run / "checkpoints" / "step-00000020").exists():
         assert agent.poll() is None, agent.stderr.read()
         time.sleep(0.01)
     ranks = [int(pid) for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()]
     os.kill(ranks[1], signal.SIGKILL)
-    _, words = agent.communicate()
+    agent.communicate()
     assert agent.returncode == 1
-    assert "SIGKILL" in words or "-9" in words
     assert len(ranks) == 2
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    first = load_latest(run / "checkpoints").step
-    assert 20 <= first < 200
-    for path in (run, tmp_path / "whole"):
-        children.run_to_the_end(argv(config, path), ranks=2)
+    assert 20 <= load_latest(run / "checkpoints").step < 200
+    again = torchrun(training_cases.__file__, "0", *argv(config, run))
+    _, said = again.communicate()
+    assert again.returncode == 0, said
+    # a thread of the group that is left may abort the process while Python shuts down
+    assert said.count("threads at the end: python") == 2, said
+    assert "gloo" not in said
+    children.run_to_the_end(argv(config, tmp_path / "whole"), ranks=2)
     assert results(run).equal(results(tmp_path / "whole")) == WHOLE
-    for step in range(20, first + 1, 20):  # those that torchrun's processes saved
-        name = f"step-{step:08d}"
-        assert (run / "checkpoints" / name / "manifest.json").read_bytes() == (
-            tmp_path / "whole" / "checkpoints" / name / "manifest.json"
-        ).read_bytes()
-    load_checkpoint(run / "checkpoints" / "step-00000200")
+    for checkpoint in (tmp_path / "whole" / "checkpoints").iterdir():  # those of before the kill as well
+        manifest = checkpoint / "manifest.json"
+        assert (run / "checkpoints" / checkpoint.name / "manifest.json").read_bytes() == manifest.read_bytes()

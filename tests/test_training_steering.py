@@ -184,7 +184,7 @@ def test_bad_input():
     small = {"steps": 1, "batch": 8}
     with pytest.raises(ShapeError, match="`slopes` must have the shape of one sample"):
         steer(base, SAMPLING, LinearReward([1.0, 2.0]), **small)
-    with pytest.raises(ShapeError, match="one number a sample"):
+    with pytest.raises(ShapeError, match="one real number a sample"):
         steer(base, SAMPLING, lambda x: x, **small)
     with pytest.raises(NonFiniteError, match="infinite or NaN in round 0"):
         steer(base, SAMPLING, lambda x: x[:, 0] / 0, **small)
@@ -208,7 +208,7 @@ def test_the_command_writes_a_run_that_is_sampled_and_not_trained(tmp_path):
     assert "target, exact" in done.stdout
     assert "d/d eta" in done.stdout
     out = tmp_path / "run-steered"
-    assert {p.name for p in out.iterdir()} == {"run.json", "checkpoints", "steer.json", "steer.png"}
+    assert {p.name for p in out.iterdir()} == {".lock", "run.json", "checkpoints", "steer.json", "steer.png"}
     found = json.loads((out / "steer.json").read_text())
     exact = tilted(GaussianMixture.ring(), LinearReward([0.5, 0.25]))
     assert found["target"]["reward"]["mean"] == pytest.approx(float(exact.reward.mean))
@@ -217,8 +217,8 @@ def test_the_command_writes_a_run_that_is_sampled_and_not_trained(tmp_path):
     assert load_best(out / "checkpoints").step == 3
     sampled = run_cli("sample", "run-steered", "-n", "5", cwd=tmp_path)
     assert sampled.returncode == 0, sampled.stderr
-    assert np.load(out / "samples.npz")["x"].shape == (5, 2)
-    with pytest.raises(ArgumentError, match="steered"):
+    assert np.load(out / "sample-heun.npz")["x"].shape == (5, 2)
+    with pytest.raises(ArgumentError, match="was steered"):
         train(config, out, tensorboard=False, progress=False)
     with pytest.raises(ArgumentError, match="another directory"):
         steer_run(open_run(tmp_path / "run"), LinearReward([0.5, 0.25]), tmp_path / "run")

@@ -298,6 +298,8 @@ def _rank(words: list[str], call: int) -> None:
     )  # not the agent's handler, which a fork inherits and torchrun's do not
     if status := command(words, call):
         raise RuntimeError(f"exit status {status}")
+    run = open_run(Path(words[words.index("--out") + 1]))
+    load_checkpoint(run.checkpoints / f"step-{run.config.steps:08d}")  # no rank leaves before it is there
 
 
 def command(words: list[str], call: int = 0) -> int:
@@ -324,7 +326,14 @@ def command(words: list[str], call: int = 0) -> int:
     return 0
 
 
+def threads() -> list[str]:
+    """The names of this process's threads."""
+    return [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        sys.exit(command(sys.argv[2:], int(sys.argv[1])))
+        end = command(sys.argv[2:], int(sys.argv[1]))
+        print("threads at the end:", *threads(), file=sys.stderr)
+        sys.exit(end)
     _serve()

@@ -5,6 +5,7 @@ Exit status: 0 when every check passes, 1 when one fails (or a path or a loss be
 
 import importlib.metadata
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated
 
@@ -50,13 +51,17 @@ for command in COMMANDS:
 
 
 def main() -> None:
-    """Entry point: errors of the library become a message and an exit status."""
+    """Entry point: errors and warnings of the library become a message, errors an exit status too."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *rest, **options: f"sdesens: warning: {message}\n"
     try:
         app()
     except NonFiniteError as error:
         sys.exit(_complain(error, 1))
     except SdesensError as error:
         sys.exit(_complain(error, 2))
+    finally:
+        warnings.formatwarning = usual
 
 
 def _complain(error: Exception, status: int) -> int:

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import os
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +12,7 @@ import torch
 import typer
 from tqdm import tqdm
 
-from sdesens.cli.common import console, load_object, plain
+from sdesens.cli.common import as_argument, console, load_object, plain
 from sdesens.errors import ArgumentError
 from sdesens.training.config import RECIPES, TrainConfig, recipe
 from sdesens.training.data import Data
@@ -75,8 +77,12 @@ def train(
     path = out or Path("runs") / Path(config.data).stem
     if config.picture_every or with_report:
         require_matplotlib()
-    run = train_run(config, path, device=device, tensorboard=tensorboard, progress=not quiet, picture=_picture)
-    if run is not None and with_report:
+    try:
+        run = train_run(config, path, device=device, tensorboard=tensorboard, progress=not quiet, picture=_picture)
+    except KeyboardInterrupt:
+        print("\nsdesens: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if with_report and os.environ.get("RANK", "0") == "0":  # of several processes, the first
         screen = console()
         found = make_report(run)
         screen.print(table(found))
@@ -109,17 +115,17 @@ def sample(
     eta: Annotated[float | None, typer.Option(help="Noise level of em (1) and ddim (0).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     checkpoint: Annotated[str, typer.Option(help="last, or best by held-out loss.")] = "last",
-    out: Annotated[
-        Path | None, typer.Option(help="Write OUT.npz and OUT.png; into the run's directory if left out.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write OUT.npz and OUT.png; RUN/sample-SAMPLER if left out.")] = None,
     device: DEVICE = "auto",
 ) -> None:
     """Sample a trained model: an npz in the data's own units, and a picture."""
     found = open_run(run)
-    where = (out or run / "samples").with_suffix("") if (out is None or out.suffix in (".npz", ".png")) else out
+    where = _stem(run / f"sample-{sampler}" if out is None else out)
     require_matplotlib()
-    if not where.parent.is_dir():
-        raise ArgumentError(f"there is no folder {str(where.parent)!r}: make it, or give another --out.")
+    if not found.config.drop_label and guidance != 1.0:
+        raise ArgumentError("`--guidance` needs a model that has seen hidden labels: train with --drop-label above 0.")
+    if found.config.drop_label == 1.0 and label is not None:
+        raise ArgumentError("`--class` means nothing to this model: with --drop-label 1 it has never seen a label.")
     denoiser = found.denoiser(which=checkpoint, device=choose_device(device))  # type: ignore[arg-type]
     samples = draw_samples(
         denoiser, found.form, n, sampler=sampler, steps=steps, label=label, guidance=guidance, eta=eta, seed=seed
@@ -127,6 +133,18 @@ def sample(
     samples.save(where.with_name(where.name + ".npz"), found.form)
     save_samples(samples, found.form, where.with_name(where.name + ".png"))
     print(f"{where}.npz, {where}.png")
+
+
+def _stem(out: Path) -> Path:
+    """OUT of OUT.npz and OUT.png: into a folder, OUT/samples."""
+    out = out.with_suffix("") if out.suffix in (".npz", ".png") else out
+    if out.is_dir():
+        out = out / "samples"
+    if not out.name.strip(".") or not out.parent.is_dir():
+        raise ArgumentError(
+            f"`--out` {str(out)!r} is no name in a folder that exists: make the folder, or give another."
+        )
+    return out
 
 
 def report(
@@ -168,22 +186,26 @@ def steer(
     """Tune a trained model so that its samples have the law p e^r, and show how its mean reward moves with the sampler's parameters."""
     found = open_run(run)
     require_matplotlib()
-    where = out or run.with_name(run.name + "-steered")
+    where = out or run.resolve().with_name(run.resolve().name + "-steered")
     with tqdm(total=rounds, unit=" rounds", disable=True if as_json else None) as bar:
 
         def seen(r: Round) -> None:
             bar.set_postfix_str(f"mean reward {r.reward:.4g}", refresh=False)
             bar.update()
+            if r.step + 1 == rounds:
+                bar.close()
+                print("scoring: samples before and after, the target, derivatives of the mean reward", file=sys.stderr)
 
         outcome = steer_run(
             found, _reward(reward), where, method=method, rounds=rounds, batch=batch, lr=lr, eta=eta, n_steps=steps, label=label,
-            seed=seed, device=choose_device(device), callback=seen,
+            seed=seed, named=reward, device=choose_device(device), callback=seen,
         )  # fmt: skip
     if as_json:
         print(json.dumps(plain(outcome.to_json()), indent=2, allow_nan=False))
         return
     console().print(outcome.table())
-    console().print(outcome.derivatives.table())
+    if outcome.derivatives is not None:
+        console().print(outcome.derivatives.table())
     console().print(f"tuned model: {where}; picture: {where / 'steer.png'}", soft_wrap=True)
 
 
@@ -200,4 +222,9 @@ def _reward(words: str) -> Reward:
     if not callable(found):
         names = ", ".join(k for k, v in there.items() if callable(v) and not k.startswith("_"))
         raise ArgumentError(f"{words!r} is not a function x (B, *event) -> (B,); that file has {names or 'none'}.")
-    return found
+
+    def called(x):
+        with as_argument(words):
+            return found(x)
+
+    return called

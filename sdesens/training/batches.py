@@ -15,9 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sdesens.diffusion.checks import whole
 from sdesens.diffusion.draws import draw_noise, draw_uniforms, keep_label, lognormal_times, uniform_times
 from sdesens.diffusion.schedule import Schedule
 from sdesens.diffusion.streams import LAW, ORDER
+from sdesens.errors import ArgumentError
 from sdesens.noise import Philox
 from sdesens.training.config import TrainConfig
 from sdesens.training.data import Data
@@ -69,6 +71,11 @@ class Batches:
     device : torch.device or str
         Where x0, labels and noise go.
 
+    Raises
+    ------
+    ArgumentError
+        If rank and size do not fit, or the batch does not divide into equal pieces.
+
     Example
     -------
     >>> from sdesens.training.config import recipe
@@ -85,6 +92,14 @@ class Batches:
     size: int = 1
     device: torch.device | str = "cpu"
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        whole("size", self.size, hint="it is the number of ranks")
+        whole("rank", self.rank, 0, self.size - 1, hint="ranks count from 0")
+        if self.config.batch % (self.size * self.config.accumulate):
+            raise ArgumentError(
+                f"`batch` = {self.config.batch} must be a multiple of ranks x `accumulate` = {self.size} x {self.config.accumulate}: change one."
+            )
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """For each step first ... last - 1, the rank's `accumulate` pieces."""

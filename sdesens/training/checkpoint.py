@@ -108,6 +108,13 @@ def save_checkpoint(folder: Path, snapshot: Snapshot, *, keep_last: int = 3) -> 
     return final
 
 
+def tidy(folder: Path, *, keep_last: int = 3) -> None:
+    """What a writer that was killed left: cleared away or finished, as the next save would do, which may never come."""
+    if found := checkpoints(folder):
+        _settle(Path(folder))
+        _prune(Path(folder), step_of(found[-1]), keep_last)
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder by ascending step, by their names alone; none if there is no such folder.
 

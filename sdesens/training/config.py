@@ -103,13 +103,13 @@ class TrainConfig:
     def from_json(cls, values: dict[str, Any]) -> "TrainConfig":
         """The configuration that `to_json` wrote; raise ArgumentError for unknown or missing names."""
         names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or values.keys() != names:
-            got = values.keys() if isinstance(values, dict) else set()
+        got = set(map(str, values)) if isinstance(values, dict) else set()
+        if got != names:
             raise ArgumentError(
                 f"this configuration has unknown options {sorted(got - names)} and lacks {sorted(names - got)}: it was made by another "
                 "version of sdesens."
             )
-        return cls(**{**values, "clip": float(values["clip"])})
+        return cls(**{**values, "clip": math.inf if values["clip"] == "inf" else values["clip"]})
 
     def differences(self, other: "TrainConfig") -> list[str]:
         """What differs in a way that changes the numbers, in words."""
@@ -155,7 +155,10 @@ def _checked(f, value):
     """The value in the field's type; raise unless it is one and within the field's limits."""
     kind, limits = f.type, f.metadata
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError as error:
+            raise ArgumentError(f"`{f.name}` must be a number that a float can hold, got {value!r:.40}.") from error
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ArgumentTypeError(f"`{f.name}` must be {kind.__name__}, got {value!r} ({type(value).__name__}).")
     if kind is float and math.isnan(value):

@@ -7,11 +7,12 @@ TensorBoard only.
 import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
-from sdesens.errors import ArgumentError
-from sdesens.training.run import write_whole
+from sdesens.errors import ArgumentError, CheckpointWarning
+from sdesens.training.files import whole_file
 
 
 class Log:
@@ -37,7 +38,14 @@ class Log:
             )
         self.path = run / "log.jsonl"
         rows = [row for row in read_log(run) if row["step"] <= step]
-        write_whole(self.path, "".join(_line(row) for row in rows), "log.part")
+        if step and step - max((row["step"] for row in rows), default=0) > 0:
+            warnings.warn(
+                f"{str(self.path)!r} lacks lines of steps before {step}: it was removed or cut, and will not be whole.",
+                CheckpointWarning,
+                stacklevel=3,
+            )
+        with whole_file(self.path) as part:
+            part.write_text("".join(_line(row) for row in rows))
         self._file = self.path.open("a")
         self._board = None
         if tensorboard:
@@ -75,11 +83,15 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    lines = path.read_text(errors="replace").split("\n")
+    try:
+        lines = path.read_text(errors="replace").split("\n")
+    except OSError as error:
+        raise ArgumentError(f"{str(path)!r} cannot be read ({error}): move it away.") from error
     for i, line in enumerate(lines[:-1]):  # what follows the last newline was cut off
         try:
             row = json.loads(line)
-            row["step"] + 0
+            if not all(isinstance(v, int | float) for v in (row["step"], *row.values())):
+                raise TypeError("a value is no number")
         except (ValueError, TypeError, KeyError) as error:
             raise ArgumentError(f"line {i + 1} of {str(path)!r} is not a row of a log: delete that line.") from error
         rows.append(row)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sdesens.errors import ArgumentError
 from sdesens.training.data import Data, Form
+from sdesens.training.files import whole_file
 from sdesens.training.samples import Samples
 from sdesens.training.scores import Report
 
@@ -91,14 +92,18 @@ def show_log(axes: Any, rows: list[dict[str, Any]], floors: dict[str, float]) ->
     """Draw the training and held-out loss beside their floors into Axes."""
     losses = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     held = [(r["step"], r["validation"]) for r in rows if "validation" in r]
-    axes.plot(*zip(*losses, strict=True), color="C1", linewidth=0.7, label="training")
-    axes.plot(*zip(*held, strict=True), "C0o-", markersize=4, label="held out, averaged weights")
+    if losses:
+        axes.plot(*zip(*losses, strict=True), color="C1", linewidth=0.7, label="training")
+    if held:
+        axes.plot(*zip(*held, strict=True), "C0o-", markersize=4, label="held out, averaged weights")
     for name, value in floors.items():
         colour, style = FLOORS[name]
         axes.axhline(value, color=colour, linestyle=style, label=f"{name} floor")
-    values = sorted(v for _, v in losses)
-    axes.set(ylim=(None, 1.5 * values[int(0.95 * (len(values) - 1))]), xlabel="step", ylabel="loss", title="training")
-    axes.legend(fontsize="small")
+    if len(values := sorted(v for _, v in losses)) > 20:  # the first losses would hide the rest
+        top = max([values[int(0.97 * (len(values) - 1))], *floors.values(), *(v for _, v in held)])
+        axes.set_ylim(None, 1.1 * top)
+    axes.set(xlabel="step", ylabel="loss", title="training" if losses else "no log of the training")
+    axes.legend(fontsize="small", loc="upper right")
     return axes
 
 
@@ -145,8 +150,8 @@ def _figure(width: float, height: float, panels: int = 1):
 
 
 def _save(figure, file: Path, plt) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".part-{file.name}")
-    figure.savefig(part, dpi=120)
-    plt.close(figure)
-    part.replace(file)
+    try:
+        with whole_file(file) as part:
+            figure.savefig(part, dpi=120)
+    finally:
+        plt.close(figure)

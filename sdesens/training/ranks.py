@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group, which its default arguments would else keep: see `join`
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,8 +84,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # one that holds values
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(
             f"`device` {name!r} cannot be used here ({str(error).splitlines()[0]}): try cpu."
         ) from error
@@ -105,8 +106,8 @@ def join(device: str = "auto") -> Iterator[Ranks]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), chosen)
-        # none leaves before the first has saved. Torch's threads live on after the group, and abort a process that ends
-        # while they let go of a tensor: now it is long since they had one
+        # None leaves before the first has saved. Then the group goes, and its threads end with it: one that still had
+        # a tensor to let go of while Python shuts down would abort the process.
         dist.barrier(device_ids=[chosen.index] if chosen.type == "cuda" else None)
     finally:
         dist.destroy_process_group()

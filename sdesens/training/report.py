@@ -2,14 +2,15 @@
 
 import json
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from sdesens.errors import ArgumentError
 from sdesens.training.data import Data, load_data
+from sdesens.training.files import whole_file
 from sdesens.training.floors import training_floors
 from sdesens.training.log import read_log
 from sdesens.training.pictures import save_report
-from sdesens.training.run import Run, write_whole
+from sdesens.training.run import Run
 from sdesens.training.samples import draw_samples
 from sdesens.training.scores import Report, score
 
@@ -34,6 +35,10 @@ def make_report(run: Run, data: Data | None = None, *, seed: int = 1, likelihood
     CheckpointError, ArgumentError
         If there is no checkpoint; if the data are not those of the run, or files cannot be written.
     """
+    if run.steered:
+        raise ArgumentError(
+            f"{str(run.path)!r} was steered away from its data, which its samples would be judged by: steer.json has its report."
+        )
     data = load_data(run.config.data) if data is None else data
     if data.form != run.form:
         raise ArgumentError(f"{run.config.data!r} is not what {str(run.path)!r} was trained on: its rows have changed.")
@@ -42,17 +47,26 @@ def make_report(run: Run, data: Data | None = None, *, seed: int = 1, likelihood
     samples = draw_samples(denoiser, run.form, n, seed=seed)
     report = score(denoiser, data, samples, likelihood=likelihood)
     samples.save(run.path / "samples.npz", run.form)
-    write_whole(run.path / "report.json", json.dumps(report.to_json(), indent=2) + "\n", "report.part")
+    with whole_file(run.path / "report.json") as part:
+        part.write_text(json.dumps(report.to_json(), indent=2) + "\n")
     save_report(report, data, read_log(run.path), training_floors(run.config, data), run.path / "report.png")
     return report
 
 
 def table(report: Report) -> Table:
     """The scores, each beside its floor."""
-    found = Table("score", "value", "floor", "", title=f"{len(report.samples.x)} samples", title_justify="left")
+    found = Table(
+        Column("score", no_wrap=True),
+        "value",
+        "real rows, or best",
+        "good is",
+        "",
+        title=f"{len(report.samples.x)} samples",
+        title_justify="left",
+    )
     for s in report.scores:
         error = "" if s.standard_error is None else f" +/- {s.standard_error:.2g}"
-        found.add_row(s.name, f"{s.value:.4g}{error}", "" if s.floor is None else f"{s.floor:.4g}", s.note)
+        found.add_row(s.name, f"{s.value:.4g}{error}", "" if s.floor is None else f"{s.floor:.4g}", s.better, s.note)
     return found
 
 

@@ -21,9 +21,11 @@ from sdesens.errors import ArgumentError, CheckpointError
 from sdesens.training.checkpoint import load_best, load_latest
 from sdesens.training.config import TrainConfig
 from sdesens.training.data import Form
+from sdesens.training.files import PART, whole_file
 from sdesens.training.model import make_denoiser, network_of
+from sdesens.training.ranks import choose_device
 
-PART = "run.part"
+FILE, LOCK = "run.json", ".lock"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ class Run:
         if snapshot is None:
             raise CheckpointError(f"{str(self.path)!r} has no checkpoint yet: let `sdesens train` write one.")
         self.check(snapshot.meta)
-        net = network_of(self.config, self.form)
+        device, net = choose_device(str(device)), network_of(self.config, self.form)
         net.load_state_dict(snapshot.ema if averaged else snapshot.model)
         return make_denoiser(self.config, self.form, net.to(device).eval().requires_grad_(False))
 
@@ -87,7 +89,10 @@ class Run:
         """What differs in a way that changes the numbers, in words."""
         here, there = self.form.to_json(), other.form.to_json()
         form = [f"the data's {k} = {v!r} here, {there[k]!r} there" for k, v in here.items() if v != there[k]]
-        steered = [] if self.steered == other.steered else ["one of the two was steered"]
+        if (self.steered is None) != (other.steered is None):
+            return ["the one there was " + ("trained" if self.steered else "steered")]
+        mine, theirs = self.steered or {}, other.steered or {}
+        steered = [f"{k} = {v!r} here, {theirs.get(k)!r} there" for k, v in mine.items() if v != theirs.get(k)]
         return self.config.differences(other.config) + form + steered
 
 
@@ -99,47 +104,31 @@ def open_run(path: str | Path) -> Run:
     CheckpointError
         If there is none, or its description cannot be read.
     """
-    file = Path(path) / "run.json"
+    file = Path(path) / FILE
     if not file.is_file():
         raise CheckpointError(f"{str(path)!r} is not a run: it has no run.json. `sdesens train` makes one.")
     try:
         found = json.loads(file.read_text())
         config, form = TrainConfig.from_json(found["config"]), Form.from_json(found["form"])
         return Run(Path(path), config, form, found.get("steered"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{str(file)!r} does not describe a run ({error}): restore it, or train in another directory."
         ) from error
 
 
-def claim(run: Run) -> None:
-    """Write a run's description into its directory, or see that it is the one there.
+@contextmanager
+def claimed(run: Run) -> Iterator[None]:
+    """Hold a run's directory against other processes, with the run's description in it; the end of a process lets go.
 
     Raises
     ------
     CheckpointError
-        For a directory of another run, or of something else.
+        For a directory of another run, of something else, or one that another process holds.
     """
-    path, file = run.path, run.path / "run.json"
-    if file.is_file():
-        if differences := run.differences(open_run(path)):
-            raise CheckpointError(
-                f"{str(path)!r} is a run of another configuration ({'; '.join(differences)}): give another directory, or the options "
-                "that it was made with."
-            )
-        return
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{str(path)!r} is a file: give a new or an empty directory.")
-    if path.is_dir() and any(p.name != PART for p in path.iterdir()):
-        raise CheckpointError(f"{str(path)!r} is not empty and is not a run: give a new or an empty directory.")
-    path.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps({**run.meta, "steered": run.steered}, indent=2) + "\n", PART)
-
-
-@contextmanager
-def alone(run: Run) -> Iterator[None]:
-    """Hold a run's directory against other processes; raise CheckpointError if one holds it. The end of a process lets go."""
-    with (run.path / "run.json").open() as file:
+    _refuse(run)  # before anything is put into the directory
+    run.path.mkdir(parents=True, exist_ok=True)
+    with (run.path / LOCK).open("a") as file:
         if os.name == "posix":  # Windows has no flock: there nothing is held
             import fcntl
 
@@ -147,16 +136,23 @@ def alone(run: Run) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise CheckpointError(
-                    f"another process is training in {str(run.path)!r}: wait for it, stop it, or give another directory."
+                    f"another process works in {str(run.path)!r}: wait for it, stop it, or give another directory."
                 ) from error
+        _refuse(run)  # another process may have been first
+        if not (run.path / FILE).is_file():
+            with whole_file(run.path / FILE) as part:
+                part.write_text(json.dumps({**run.meta, "steered": run.steered}, indent=2) + "\n")
         yield
 
 
-def write_whole(file: Path, text: str, part: str) -> None:
-    """Write a file so that it is there whole or not at all, by way of a file `part` beside it."""
-    beside = file.with_name(part)
-    with beside.open("w") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(beside, file)
+def _refuse(run: Run) -> None:
+    path = run.path
+    if (path / FILE).is_file():
+        if differences := run.differences(open_run(path)):
+            raise CheckpointError(
+                f"{str(path)!r} holds another run ({'; '.join(differences)}): give another directory (--out), or the options that it was made with."
+            )
+    elif path.exists() and not path.is_dir():
+        raise CheckpointError(f"{str(path)!r} is a file: give a new or an empty directory.")
+    elif path.is_dir() and any(p.name != LOCK and PART not in p.name for p in path.iterdir()):
+        raise CheckpointError(f"{str(path)!r} is not empty and is not a run: give a new or an empty directory.")

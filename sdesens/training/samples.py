@@ -23,6 +23,7 @@ from sdesens.diffusion.summary import FIRST_TIME
 from sdesens.diffusion.wrappers import guide
 from sdesens.errors import ArgumentError
 from sdesens.training.data import Form
+from sdesens.training.files import whole_file
 
 MOST_AT_ONCE = 2**22  # numbers of a batch of samples
 LEAST_RATIO = 0.002  # sigma/alpha of the last time above 0
@@ -57,14 +58,8 @@ class Samples:
         arrays = {"x": form.restore(self.x.cpu()).numpy()}
         if self.labels is not None:
             arrays["labels"] = self.labels.cpu().numpy()
-        part = file.with_name(f".{file.name}.part")
-        try:
-            with part.open("wb") as out:
-                np.savez(out, **arrays)  # type: ignore[arg-type]
-            part.replace(file)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise ArgumentError(f"{str(file)!r} could not be written ({error}): make room, or give another place.") from error  # fmt: skip
+        with whole_file(file) as part, part.open("wb") as out:
+            np.savez(out, **arrays)  # type: ignore[arg-type]
 
 
 def sampler_grid(schedule: Schedule, sampler: str, steps: int) -> Tensor:
@@ -133,7 +128,7 @@ def draw_samples(
     >>> draw_samples(make_denoiser(recipe("gmm8"), form), form, 3, steps=4).x.shape
     torch.Size([3, 2])
     """
-    if sampler not in SAMPLERS:
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
         raise ArgumentError(f"`sampler` must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
     whole("n", n, hint="it is a number of samples")
     guidance = number("guidance", guidance, hint="1 is plain conditional sampling")

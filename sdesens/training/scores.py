@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdesens.diffusion.checks import whole
 from sdesens.diffusion.dequantise import bits_per_dim, dequantise
 from sdesens.diffusion.draws import draw_noise, draw_uniforms, uniform_times
 from sdesens.diffusion.likelihood import log_prob
 from sdesens.diffusion.losses import dsm_loss
 from sdesens.diffusion.metrics import frechet, mmd2, mode_coverage, nn_ratio, sliced_w2
+from sdesens.diffusion.oracles import Gaussian
 from sdesens.diffusion.predict import NET, Denoiser, Predictor
 from sdesens.diffusion.preserving import VP
+from sdesens.diffusion.schedule import Schedule
 from sdesens.diffusion.schedules import EDM
 from sdesens.diffusion.weights import simple_weight
 from sdesens.training.classifier import fit_classifier
@@ -35,19 +38,21 @@ EVALUATED = 2048  # rows of a loss
 ROWS_OF_FEW, ROWS_OF_MANY = 512, 64  # of a likelihood, in few and in many dimensions
 FIRST_TIME_OF_LOSS = 1e-3
 REFERENCE = 40_000
+FEWEST = 3  # samples
 PROBES = 4
 LEVELS = tuple(range(8, -9, -2))  # log-SNR
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number: its standard error and its floor, if they are known."""
+    """One number: its standard error, its floor (the same of real rows, or of the best network) if they are known, and what is good."""
 
     name: str
     value: float
     floor: float | None = None
     standard_error: float | None = None
     note: str = ""
+    better: str = "lower"
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,10 @@ def score(denoiser: Denoiser, data: Data, samples: Samples, *, likelihood: bool 
         Its cost is some hundred evaluations with derivatives.
     """
     x = samples.x
+    whole("n", len(x), FEWEST, hint="it is the number of samples")
     if data.form.cell:
         x = x.clamp(data.form.low, data.form.high)
-    scores = [*_distances(x, data), *_of_law(x, data), *_of_classes(x, samples.labels, data)]
+    scores = [*_distances(x, data), *_of_law(x, data), *_of_classes(x, samples.labels, data), *_of_rows(x, data)]
     scores += _losses(denoiser, data)
     if likelihood:
         scores.append(_likelihood(denoiser, data))
@@ -120,7 +126,7 @@ def _of_law(x: Tensor, data: Data) -> list[Score]:
     entropies = [-law.log_density(rows.double(), VP(), 0.0) for rows in (x, data.test)]
     error = float(entropies[0].std() / math.sqrt(len(x)))
     return [
-        Score("inliers", own.inliers, real.inliers, note="within 3 standard deviations of a mode"),
+        Score("inliers", own.inliers, real.inliers, None, "within 3 standard deviations of a mode", "higher"),
         Score("mode total variation", own.mode_tv, real.mode_tv),
         Score(
             "cross-entropy", float(entropies[0].mean()), float(entropies[1].mean()), error, "nats, under the true law"
@@ -129,15 +135,28 @@ def _of_law(x: Tensor, data: Data) -> list[Score]:
 
 
 def _of_classes(x: Tensor, labels: Tensor | None, data: Data) -> list[Score]:
-    if data.labels is None or data.test_labels is None or labels is None:
+    if data.form.classes < 2 or data.labels is None or data.test_labels is None or labels is None:
         return []
     judge = fit_classifier(data.train, data.labels)
     test, train, own = (judge.features(rows) for rows in (data.test, data.train, x))
     return [
         Score("classifier Frechet distance, test", frechet(own, test), frechet(train, test)),
-        Score("classifier Frechet distance, train", frechet(own, train), note="its floor depends on the sizes"),
-        Score("class hit rate", judge.accuracy(x, labels), judge.accuracy(data.test, data.test_labels)),
-        Score("nearest-neighbour ratio", nn_ratio(x, data.train, data.test), 1.0, note="below 0.8: memorising"),
+        Score("classifier Frechet distance, train", frechet(own, train), note="depends on how many there are"),
+        Score(
+            "class hit rate", judge.accuracy(x, labels), judge.accuracy(data.test, data.test_labels), better="higher"
+        ),
+    ]
+
+
+def _of_rows(x: Tensor, data: Data) -> list[Score]:
+    """Whether the training rows are recited; nothing to say of a law, or where test rows are training rows."""
+    rows = {tuple(r) for r in data.train.flatten(1).tolist()}
+    if data.law is not None or all(tuple(r) in rows for r in data.test.flatten(1).tolist()):
+        return []
+    return [
+        Score(
+            "nearest-neighbour ratio", nn_ratio(x, data.train, data.test), 1.0, None, "below 0.8: memorising", "near 1"
+        )
     ]
 
 
@@ -156,29 +175,35 @@ def _eps_loss(denoiser: Predictor, rows: Tensor, labels: Tensor | None, log_snr:
 
 def _losses(denoiser: Denoiser, data: Data) -> list[Score]:
     t = uniform_times(VP(), draw_uniforms(0, 0, EVALUATED), t_min=FIRST_TIME_OF_LOSS)
-    found = floors(data, VP(), t, simple_weight)
-    note = "noise levels of VP at uniform times; floors: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items())
-    least = found.get("oracle", found.get("memorisation"))
-    scores = []
+    log_snr, scores = VP().log_snr(t), []
+    found = _least(data, VP(), t)
+    note = "over the noise levels of VP at uniform times; " + ", ".join(f"{k} {v:.4f}" for k, v in found.items())
     for name, rows, labels in (("test", data.test, data.test_labels), ("train", data.train, data.labels)):
         if name == "test" or data.law is None:
-            loss = _eps_loss(denoiser, rows, labels, VP().log_snr(t))
-            error = float(loss.std() / math.sqrt(len(loss)))
-            if data.law is not None:  # what the best denoiser has on the same draws says more than its mean
-                least = float(_eps_loss(data.law.denoiser(VP()), rows, None, VP().log_snr(t)).mean())
-            scores.append(Score(f"eps-loss, {name}", float(loss.mean()), least, error, note))
+            loss = _eps_loss(denoiser, rows, labels, log_snr)
+            value, error = float(loss.mean()), float(loss.std() / math.sqrt(len(loss)))
+            worse = value > found.get("linear", math.inf)
+            more = " (no better than a linear network: train longer)" if worse else ""
+            scores.append(Score(f"eps-loss, {name}", value, found.get("oracle"), error, note + more))
     return scores
+
+
+def _least(data: Data, schedule: Schedule, t: Tensor) -> dict[str, float]:
+    """Floors at times t (n,); of a law, what its best denoiser and the best linear one have on the very draws that a network is judged by."""
+    if data.law is None:
+        return floors(data, schedule, t, simple_weight)
+    log_snr = schedule.log_snr(t)
+    best = {"oracle": data.law, "linear": Gaussian(data.law.mean, data.law.cov)}
+    return {k: float(_eps_loss(law.denoiser(schedule), data.test, None, log_snr).mean()) for k, law in best.items()}
 
 
 def _level(denoiser: Denoiser, data: Data, log_snr: float) -> Level:
     """At one noise level, the same for all rows; floors come from the EDM schedule, on which it is always reached."""
     many = torch.full((EVALUATED,), float(log_snr), dtype=torch.float64)
-    found = floors(data, EDM(), EDM().t_of_log_snr(many[:1]), simple_weight)
-    if data.law is not None:
-        found["oracle"] = float(_eps_loss(data.law.denoiser(EDM()), data.test, None, many).mean())
+    t = EDM().t_of_log_snr(many)
     test = float(_eps_loss(denoiser, data.test, data.test_labels, many).mean())
     train = float(_eps_loss(denoiser, data.train, data.labels, many).mean())
-    return Level(log_snr, test, train, found)
+    return Level(log_snr, test, train, _least(data, EDM(), t if data.law is not None else t[:1]))
 
 
 def _likelihood(denoiser: Denoiser, data: Data) -> Score:
@@ -202,6 +227,6 @@ def _likelihood(denoiser: Denoiser, data: Data) -> Score:
             "test bits per dimension", float(values.mean()), None, error, f"{len(x)} rows, dequantised, at most"
         )
     floor = None if data.law is None else float(data.law.log_density(x.double(), VP(), 0.0).mean())
-    return Score(
-        "test log-likelihood", float(values.mean()), floor, error, f"nats, {len(x)} rows; the floor is the law's own"
-    )
+    scale = torch.tensor(data.form.scale, dtype=torch.float64).log().expand(d if len(data.form.scale) == 1 else -1)
+    value = float(values.mean() - scale.sum())  # a density in the data's own units
+    return Score("test log-likelihood", value, floor, error, f"nats, {len(x)} rows", "higher")

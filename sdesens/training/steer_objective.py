@@ -281,7 +281,7 @@ def weight_of(denoiser: Predictor) -> Tensor:
 
 def rewarded(reward: Reward, x: Tensor) -> Tensor:
     """r(x), (B,), in the dtype of x; raise ShapeError for anything else than one number a sample."""
-    value = reward(x)
-    if not isinstance(value, Tensor) or value.shape != x.shape[:1]:
-        raise ShapeError(f"`reward` must return one number a sample, shape ({len(x)},), got {describe(value)}.")
+    value = reward(x.clone())  # one that writes into its argument does not change the path
+    if not isinstance(value, Tensor) or value.shape != x.shape[:1] or value.is_complex():
+        raise ShapeError(f"`reward` must return one real number a sample, shape ({len(x)},), got {describe(value)}.")
     return value.to(x.dtype)

@@ -17,6 +17,7 @@ Reference: C. Domingo-Enrich et al., 2409.08861, section 4, for (1).
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +30,13 @@ from sdesens.diffusion.checks import whole
 from sdesens.diffusion.oracles import Gaussian, GaussianMixture
 from sdesens.diffusion.predict import NET, Predictor
 from sdesens.diffusion.sensitivity import sampler_problem
-from sdesens.errors import ArgumentTypeError
+from sdesens.errors import ArgumentTypeError, HighVarianceWarning
 from sdesens.estimate import Estimate, Moments, total
 from sdesens.montecarlo import Sensitivity, sensitivity
 from sdesens.noise import Philox
 from sdesens.training.steer_objective import LinearReward, Reward, Sampling, rewarded
 
+FEWEST = 10  # effective samples a start
 AT_ONCE = 2**22  # numbers of samples, or of their squares, worked on together
 STARTS = 0x64736DF0  # the stream of the starts of `predicted`
 
@@ -142,6 +144,12 @@ def predicted(
     parts = [sampling.go_on(base, starts[k : k + size], noise, k) for k in range(0, len(starts), size)]
     rewards = torch.cat([rewarded(reward, x).double() for x in parts]).unflatten(0, (n_starts, 2, n_each))
     v = torch.softmax(rewards, 2)
+    if (count := float((1 / v.square().sum(2)).median())) < min(FEWEST, n_each / 4):
+        warnings.warn(
+            f"the target rests on {count:.1f} of {n_each} samples a start, and its error bars say too little: take a smaller reward.",
+            HighVarianceWarning,
+            stacklevel=2,
+        )
     v = (v + v.square() - v * v.square().sum(2, keepdim=True)) / 2
     x = torch.cat(parts).flatten(1).double().unflatten(0, (n_starts, 2 * n_each))
     return _weighted(rewards.flatten(1), x, v.flatten(1))
@@ -207,7 +215,7 @@ class Derivatives:
     def table(self) -> Table:
         """One row a parameter, one column a method: the derivative and its 95 % interval."""
         first = next(iter(self.results.values()))
-        table = Table(title=f"E[r] = {first.value!r}", title_justify="left")
+        table = Table(title=f"before steering: E[r] = {first.value!r}", title_justify="left")
         for head in ("parameter", *self.results):
             table.add_column(head)
         for name in first.gradient:

@@ -5,6 +5,7 @@ OUT/steer.json, OUT/steer.png      moments before and after beside the target's,
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,22 @@ from torch import Tensor, nn
 from sdesens.diffusion.adjoint_matching import REMEMBERED, remembered
 from sdesens.diffusion.predict import Denoiser, Predictor
 from sdesens.diffusion.wrappers import guide
-from sdesens.errors import ArgumentError
+from sdesens.errors import ArgumentError, SdesensError
 from sdesens.estimate import Estimate
 from sdesens.noise import Philox
-from sdesens.training.checkpoint import save_checkpoint
+from sdesens.training.checkpoint import checkpoints, save_checkpoint
 from sdesens.training.data import Form, load_data
+from sdesens.training.files import whole_file
 from sdesens.training.pictures import save_comparison
-from sdesens.training.run import Run, claim, write_whole
+from sdesens.training.run import FILE, Run, claimed
 from sdesens.training.snapshot import Snapshot
 from sdesens.training.steer import Round, steer
-from sdesens.training.steer_objective import LinearReward, Reward, Sampling, steering_grid
+from sdesens.training.steer_objective import LinearReward, Reward, Sampling, rewarded, steering_grid
 from sdesens.training.steer_report import Derivatives, Steered, derivatives, moments, predicted, tilted
 
 FINE = 4  # the grid of evaluation has so many steps for one of tuning
 SHOWN = 2000
+FEW = 4  # dimensions of which the table has each
 
 
 @dataclass(frozen=True)
@@ -53,33 +56,37 @@ class Outcome:
         Moments of the base's samples, of the tuned model's, and of the law that it aims at.
     exact : bool
         Whether the target is a closed form; else it comes from weighted samples of the base.
-    derivatives : Derivatives
-        Of the base's mean reward.
+    derivatives : Derivatives or None
+        Of the base's mean reward; None where the reward, or the network, has no derivative along the path.
     """
 
     before: Steered
     after: Steered
     target: Steered
     exact: bool
-    derivatives: Derivatives
+    derivatives: Derivatives | None
 
     def to_json(self) -> dict:
         """Plain numbers."""
-        moments = {k: getattr(self, k).to_dict() for k in ("before", "after", "target")}
-        off = {k: v.to_dict() for k, v in self.after.deviation(self.target).items()}
-        return {**moments, "exact": self.exact, "deviation": off, "derivatives": self.derivatives.to_dict()}
+        found: dict = {k: getattr(self, k).to_dict() for k in ("before", "after", "target")}
+        found["deviation"] = {k: v.to_dict() for k, v in self.after.deviation(self.target).items()}
+        found["derivatives"] = None if self.derivatives is None else self.derivatives.to_dict()
+        return {**found, "exact": self.exact}
 
     def table(self) -> Table:
-        """Moments before and after beside the target's."""
-        found = Table("", "before", "steered", "target, exact" if self.exact else "target, sampled")
+        """Moments before and after beside the target's; of few dimensions each, of more how far off they are."""
+        found = Table("", "before", "steered", "target, exact" if self.exact else "target, from weighted samples")
         rows = (self.before, self.after, self.target)
         found.add_row("mean reward", *(_shown(s.reward) for s in rows))
-        for i in range(min(4, len(self.target.mean.mean))):
+        d = len(self.target.mean.mean)
+        for i in range(d if d <= FEW else 0):
             found.add_row(f"mean of x[{i}]", *(_shown(s.mean, i) for s in rows))
             found.add_row(f"variance of x[{i}]", *(_shown(s.cov, (i, i)) for s in rows))
-        off = self.after.deviation(self.target)
-        for k in ("mean", "cov"):
-            found.add_row(f"off target, {k}", "", f"{100 * float(off[k].mean):.2g} % (noise {100 * float(off[k].standard_error):.2g} %)")  # fmt: skip
+        far, off = (s.deviation(self.target) for s in (self.before, self.after))
+        for name, k in (("mean", "mean"), ("covariance", "cov")):
+            cells = (f"{100 * float(v[k].mean):.2g} %" for v in (far, off))
+            noise = f"sampling alone: {100 * float(off[k].standard_error):.2g} %"
+            found.add_row(f"{name}: distance from the target's, by its size", *cells, noise)
         return found
 
 
@@ -97,6 +104,7 @@ def steer_run(
     label: int | None = None,
     n: int = 20_000,
     seed: int = 0,
+    named: str | None = None,
     device: str | torch.device = "cpu",
     callback: Callable[[Round], None] | None = None,
 ) -> Outcome:
@@ -117,6 +125,8 @@ def steer_run(
         The class, for a model with classes.
     n : int
         Samples of each table entry.
+    named : str, optional
+        What to call the reward in the new run's description.
     device : str or torch.device
 
     Raises
@@ -127,29 +137,60 @@ def steer_run(
         raise ArgumentError(
             f"`out` must be another directory than the run's, {str(out)!r}: the tuned model is a new run."
         )
-    base, law = _one_class(run, label, device), load_data(run.config.data).law
-    std = run.form.sigma_data
+    base, std = _one_class(run, label, device), run.form.sigma_data
+    law = (
+        None if run.steered else load_data(run.config.data).law
+    )  # what a steered model was tuned to is not known exactly
     tuning, judging = (
         Sampling(steering_grid(base.schedule, k, data_std=std), run.form.event, eta) for k in (n_steps, FINE * n_steps)
     )
-    if not (isinstance(reward, LinearReward) and law is not None):
-        reward = InUnits(reward, run.form)
+    exact = (
+        isinstance(reward, LinearReward)
+        and law is not None
+        and remembered(base.schedule, eta, data_std=std) <= REMEMBERED
+    )
+    seen = reward if exact else InUnits(reward, run.form)
+    rewarded(
+        seen, tuning.draw(base, 4, Philox(seed))
+    )  # a reward that cannot be used is heard of before anything is done
     told = {"method": method, "rounds": rounds, "batch": batch, "lr": lr, "eta": eta, "n_steps": n_steps, "label": label, "seed": seed}  # fmt: skip
-    new = Run(out, run.config, run.form, {"from": str(run.path), "reward": repr(reward), **told})
-    claim(new)
-    tuned = steer(base, tuning, reward, method=method, steps=rounds, batch=batch, lr=lr, seed=seed, data_std=std, callback=callback)  # fmt: skip
-    assert isinstance(tuned.net, nn.Module)
-    weights = tuned.net.state_dict()
-    save_checkpoint(new.checkpoints, Snapshot(rounds, weights, weights, {}, new.meta))
-    exact = isinstance(reward, LinearReward) and remembered(base.schedule, eta, data_std=std) <= REMEMBERED
-    target = tilted(law, reward) if exact else predicted(base, judging, reward, seed=seed + 1)  # type: ignore[arg-type]
-    before, after = (moments(model, judging, reward, n=n, seed=seed + 1) for model in (base, tuned))
-    model: Predictor = base if label is None else guide(base, 1.0, torch.tensor(label, device=device))
-    found = Outcome(before, after, target, exact, derivatives(model, judging, reward, n_paths=min(n, 4000), seed=seed + 2))  # fmt: skip
-    write_whole(out / "steer.json", json.dumps(found.to_json(), indent=2) + "\n", "steer.part")
-    seen = {name: judging.draw(m, SHOWN, Philox(seed + 3)).cpu() for name, m in (("before", base), ("steered", tuned))}
-    save_comparison(seen, run.form, out / "steer.png")
+    new = Run(out, run.config, run.form, {"from": str(run.path), "reward": named or _name(reward), **told})
+    with claimed(new):
+        try:
+            tuned = steer(base, tuning, seen, method=method, steps=rounds, batch=batch, lr=lr, seed=seed, data_std=std, callback=callback)  # fmt: skip
+        except BaseException:
+            if not checkpoints(new.checkpoints):
+                (out / FILE).unlink()  # nothing came of it: the directory is free again
+            raise
+        assert isinstance(tuned.net, nn.Module)
+        weights = tuned.net.state_dict()
+        save_checkpoint(new.checkpoints, Snapshot(rounds, weights, weights, {}, new.meta))
+        drawn = {
+            name: judging.draw(m, SHOWN, Philox(seed + 3)).cpu() for name, m in (("before", base), ("steered", tuned))
+        }
+        save_comparison(drawn, run.form, out / "steer.png")
+        target = tilted(law, reward) if exact else predicted(base, judging, seen, seed=seed + 1)  # type: ignore[arg-type]
+        before, after = (moments(model, judging, seen, n=n, seed=seed + 1) for model in (base, tuned))
+        model: Predictor = base if label is None else guide(base, 1.0, torch.tensor(label, device=device))
+        found = Outcome(before, after, target, exact, _derivatives(model, judging, seen, min(n, 4000), seed + 2))
+        with whole_file(out / "steer.json") as part:
+            part.write_text(json.dumps(found.to_json(), indent=2) + "\n")
     return found
+
+
+def _derivatives(model: Predictor, sampling: Sampling, reward: Reward, n: int, seed: int) -> Derivatives | None:
+    try:
+        return derivatives(model, sampling, reward, n_paths=n, seed=seed)
+    except (SdesensError, RuntimeError) as error:  # of a reward that jumps, is constant or uses numpy
+        warnings.warn(f"no derivatives of the mean reward: {error}", UserWarning, stacklevel=3)
+        return None
+
+
+def _name(reward: Reward) -> str:
+    """What tells a reward from another in a run's description."""
+    if isinstance(reward, LinearReward):
+        return f"linear:{reward.slopes.tolist()}"
+    return getattr(reward, "__qualname__", type(reward).__qualname__)
 
 
 def _one_class(run: Run, label: int | None, device: str | torch.device) -> Denoiser:

@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from sdesens.diffusion.predict import Denoiser
 from sdesens.errors import ArgumentError
-from sdesens.training.checkpoint import load_checkpoint, load_latest, save_checkpoint
+from sdesens.training.checkpoint import load_checkpoint, load_latest, save_checkpoint, tidy
 from sdesens.training.config import TrainConfig
 from sdesens.training.data import Data, load_data
 from sdesens.training.floors import training_floors
 from sdesens.training.log import Log
 from sdesens.training.ranks import join
-from sdesens.training.run import Run, alone, claim
+from sdesens.training.run import Run, claimed
 from sdesens.training.trainer import Trainer
 
 Picture = Callable[[Denoiser, Data, Path], None]
@@ -74,9 +74,10 @@ def train(
         trainer = Trainer(config, data, ranks)
         try:
             if ranks.first:
-                claim(run)
-                held.enter_context(alone(run))
+                held.enter_context(claimed(run))
             _resume(trainer, run)
+            if trainer.step == config.steps and progress and ranks.first:
+                print(f"{str(path)!r} is trained to its last step, {config.steps}.", file=sys.stderr)
             if trainer.step < config.steps:
                 _loop(trainer, run, Progress(config, data, progress and ranks.first), tensorboard, picture)
         except OSError as error:
@@ -103,6 +104,8 @@ def _resume(trainer: Trainer, run: Run) -> None:
     """Load the newest valid checkpoint that the first rank finds."""
     ranks = trainer.ranks
     snapshot = load_latest(run.checkpoints) if ranks.first else None
+    if snapshot is not None and snapshot.step == run.config.steps:
+        tidy(run.checkpoints, keep_last=run.config.keep_last)  # no later save will
     step = ranks.agree(0 if snapshot is None else snapshot.step)
     if step and snapshot is None:
         snapshot = load_checkpoint(run.checkpoints / f"step-{step:08d}")

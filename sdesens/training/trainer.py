@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sdesens.diffusion.draws import draw_noise, draw_uniforms
 from sdesens.diffusion.predict import Denoiser
-from sdesens.errors import ArgumentError, NonFiniteError
+from sdesens.errors import NonFiniteError
 from sdesens.training.batches import Batch, Batches, training_times
 from sdesens.training.config import TrainConfig
 from sdesens.training.data import Data
@@ -38,11 +38,8 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, data: Data, ranks: Ranks):
-        if config.batch % (ranks.size * config.accumulate):
-            raise ArgumentError(
-                f"`batch` = {config.batch} must be a multiple of ranks x `accumulate` = {ranks.size} x {config.accumulate}: change one."
-            )
         self.config, self.data, self.ranks = config, data, ranks
+        self.batches = Batches(config, data, ranks.rank, ranks.size, ranks.device)
         self.net = network_of(config, data.form).to(ranks.device)
         self.denoiser = make_denoiser(config, data.form, self.net)
         self.weight = loss_weight(config, data.form.sigma_data)
@@ -52,7 +49,6 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.net.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
-        self.batches = Batches(config, data, ranks.rank, ranks.size, ranks.device)
         self.step = 0
         self.losses: list[Tensor] = []  # since the last line of the log
         self.grad_norm = torch.zeros(())
