@@ -26,7 +26,7 @@ UNIT = 2**-24  # relative rounding of float32
 STREAMS = {
     "a law": ("gmm8", {}),
     "a table": (100, {"drop_label": 0.5}),  # 90 rows to train on, 60 items a step
-    "epochs shorter than a batch": (25, {}),
+    "epochs shorter than a batch": (30, {}),
     "images": ((40, 1, 3, 3), {"prediction": "v", "schedule": "cosine"}),
 }
 
@@ -58,7 +58,7 @@ def test_ranks_and_pieces_share_out_one_stream(name, size, pieces, tmp_path):
         assert seen.unique().tolist() == [0, 1, 2, 3]  # 3 is a hidden one
 
 
-@pytest.mark.parametrize(("rows", "batch"), [(100, 33), (25, 64)])
+@pytest.mark.parametrize(("rows", "batch"), [(100, 33), (30, 64)])
 def test_an_epoch_has_each_row_once(rows, batch, tmp_path):
     config = small(write_table(tmp_path / "table.npz", rows), batch=batch)
     data = load_data(config.data)
@@ -200,7 +200,7 @@ def test_torchrun_and_a_rank_that_is_killed(children, tmp_path):
     _, said = again.communicate()
     assert again.returncode == 0, said
     # a thread of the group that is left may abort the process while Python shuts down
-    assert said.count("threads at the end: python") == 2, said
+    assert said.count("threads at the end:") == 2, said
     assert "gloo" not in said
     children.run_to_the_end(argv(config, tmp_path / "whole"), ranks=2)
     assert results(run).equal(results(tmp_path / "whole")) == WHOLE

@@ -49,8 +49,8 @@ def one_thread():
 CASES = {
     "a law": ("gmm8", {}),
     "labels, amid epochs": (100, {}),  # 90 rows to train on, 33 items a step
-    "epochs shorter than a batch": (25, {"batch": 64}),
-    "one item": (25, {"batch": 1, "drop_label": 0.5}),
+    "epochs shorter than a batch": (30, {"batch": 64}),
+    "one item": (30, {"batch": 1, "drop_label": 0.5}),
     "pieces": (100, {"batch": 36, "accumulate": 3}),
     "bf16": (100, {"bf16": True, "norm": True}),
     "images": ((30, 1, 4, 4), {"network": "conv", "batch": 8, "prediction": "v", "schedule": "cosine"}),
