@@ -1,8 +1,8 @@
 """Steering trained models of the ring to a linear reward, beside the closed form: `python benchmarks/steering.py [--seeds 0,1,2]`.
 
 Each seed trains gmm8 by its recipe. The model is then tuned to r(x) = 0.5 x_1 + 0.25 x_2 by each method, on a coarse grid, and judged on one
-four times as fine: mean reward, mean vector and covariance, off the tilted mixture's as a share of their norms. A run with half the
-noise from a start with signal left remembers that start; it is judged by what is predicted for it, and must be off the tilt.
+four times as fine: mean reward, mean vector and covariance, off the tilted mixture's as a share of their norms. A run from a noise of
+3, in which data are left, remembers that start; it is judged by what is predicted for it, and must be off the tilt.
 """
 
 import argparse
@@ -28,7 +28,7 @@ N = 40_000
 NOISE = 80.0  # sigma at the schedule's end
 SETTINGS = {  # name: options of steer, steps of the grid, eta, where it starts
     "gradient": ({"method": "gradient", "steps": 200, "batch": 400, "lr": 2e-3}, 32, 1.0, NOISE),
-    "remembering": ({"method": "gradient", "steps": 200, "batch": 400, "lr": 2e-3}, 32, 0.5, 4.0),
+    "remembering": ({"method": "gradient", "steps": 200, "batch": 400, "lr": 2e-3}, 32, 1.0, 3.0),
     "adjoint matching": ({"method": "adjoint_matching", "steps": 300, "batch": 400, "lr": 2e-3}, 24, 1.0, NOISE),
 }
 

@@ -39,7 +39,7 @@ class Estimate:
         The standard error covers sampling only, not the bias of a finite step. NaN where it cannot be known (one unit, or
         weighted paths).
     n : int
-        Paths.
+        Paths; 0 for a number that is known exactly.
     dof : int
         Degrees of freedom of the standard error.
 
@@ -92,10 +92,15 @@ class Estimate:
         if self.mean.numel() > 6:
             mean, error = (float(x.norm()) for x in (self.mean, self.standard_error))
             return f"Estimate(shape={tuple(self.mean.shape)}, n={self.n}), norm {mean:.4g}, norm of standard errors {error:.2g}"
+        if self.n == 0:
+            return f"{_listed(self.mean, [f'{m:.6g}' for m in self.mean.flatten().tolist()])} (exact)"
         pairs = zip(self.mean.flatten().tolist(), self._half_width(0.95).flatten().tolist(), strict=True)
         text = [_with_error(m, h) for m, h in pairs]
-        body = text[0] if self.mean.dim() == 0 else "[" + ", ".join(text) + "]"
-        return f"{body} (95% CI, n={self.n})"
+        return f"{_listed(self.mean, text)} (95% CI, n={self.n})"
+
+
+def _listed(x: Tensor, text: list[str]) -> str:
+    return text[0] if x.dim() == 0 else "[" + ", ".join(text) + "]"
 
 
 def _with_error(mean: float, half: float) -> str:

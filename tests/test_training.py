@@ -301,6 +301,7 @@ def test_tiles_put_images_side_by_side():
     assert sheet[0, 0] == 0
     assert sheet[9, 9] == pytest.approx(1.0)  # the twelfth, in the second row
     assert sheet[0, 9 * 9] == pytest.approx(9 / 11)
+    assert sheet[8, 5] == sheet[5, 8] == sheet[16, 88] == 0.5  # between images, and where the last row has none
     assert tiles(10 * x, form).max() == 1.0
 
 

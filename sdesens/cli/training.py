@@ -197,7 +197,7 @@ def steer(
                 print("scoring: samples before and after, the target, derivatives of the mean reward", file=sys.stderr)
 
         outcome = steer_run(
-            found, _reward(reward), where, method=method, rounds=rounds, batch=batch, lr=lr, eta=eta, n_steps=steps, label=label,
+            found, _reward(reward), where, method=method, rounds=rounds, batch=batch, lr=lr, eta=eta, steps=steps, label=label,
             seed=seed, named=reward, device=choose_device(device), callback=seen,
         )  # fmt: skip
     if as_json:

@@ -39,35 +39,39 @@ def is_image(form: Form) -> bool:
 
 
 def show_samples(axes: Any, x: Tensor, form: Form, *, like: Tensor | None = None, label: str = "samples") -> Any:
-    """Draw samples (n, *event) into Axes: images in rows of ten, points in the plane, a histogram of numbers; `like` beside them is data."""
+    """Draw samples (n, *event) into Axes: images in rows of ten, the first two columns of a table in its own units, a histogram of one; `like`
+    beside them is data."""
     if is_image(form):
-        axes.imshow(tiles(x[: ROW * ROW], form), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.imshow(tiles(x[: ROW * ROW], form), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_axis_off()
         return axes
-    rows = [r.flatten(1)[:SHOWN_POINTS] for r in (like, x) if r is not None]
+    rows = [form.restore(r[:SHOWN_POINTS]).flatten(1) for r in (like, x) if r is not None]
     names, colours = ["data", label][-len(rows) :], ["0.6", "C0"][-len(rows) :]
     if rows[0].shape[1] == 1:
         for r, name, colour in zip(rows, names, colours, strict=True):
             axes.hist(r[:, 0].numpy(), bins=60, density=True, histtype="step", label=name, color=colour)
+        axes.set(xlabel="x[0]", ylabel="density")
     else:
         for r, name, colour in zip(rows, names, colours, strict=True):
             axes.plot(r[:, 0], r[:, 1], ".", markersize=2, label=name, color=colour, alpha=0.6)
-        axes.set_aspect("equal", adjustable="datalim")
+        axes.set(xlabel="x[0]", ylabel="x[1]")
+        if len(form.scale) == 1:  # else columns have units of their own
+            axes.set_aspect("equal", adjustable="datalim")
     axes.legend(loc="upper right", fontsize="small", markerscale=4)
     return axes
 
 
 def tiles(x: Tensor, form: Form) -> Any:
-    """Images side by side, ten in a row, a pixel between them, as an array (height, width[, 3]) of values in [0, 1].
+    """Images side by side, ten in a row, a grey pixel between them, as an array (height, width[, 3]) of values in [0, 1].
 
-    The data's extremes become 0 and 1, and what lies beyond is cut off.
+    The data's extremes become 0 and 1, black and white, and what lies beyond is cut off.
     """
     colours = form.event[0] if len(form.event) == 3 else 1
     h, w = form.event[-2:]
     x = x.reshape(len(x), colours, h, w).double()
     x = ((x - form.low) / max(form.high - form.low, 1e-12)).clamp(0, 1)
     rows, columns = -(-len(x) // ROW), min(ROW, len(x))
-    sheet = torch.zeros(colours, rows * (h + 1) - 1, columns * (w + 1) - 1, dtype=torch.float64)
+    sheet = torch.full((colours, rows * (h + 1) - 1, columns * (w + 1) - 1), 0.5, dtype=torch.float64)
     for i, image in enumerate(x):
         top, left = (i // ROW) * (h + 1), (i % ROW) * (w + 1)
         sheet[:, top : top + h, left : left + w] = image
@@ -109,9 +113,15 @@ def show_log(axes: Any, rows: list[dict[str, Any]], floors: dict[str, float]) ->
 
 def save_samples(samples: Samples, form: Form, file: Path, *, like: Tensor | None = None) -> None:
     """Write a picture of samples."""
-    figure, axes, plt = _figure(5, 5)
+    figure, axes, plt = _figure(*(_size(form, len(samples.x)) if is_image(form) else (5.0, 5.0)))
     show_samples(axes, samples.x, form, like=like)
     _save(figure, file, plt)
+
+
+def _size(form: Form, n: int) -> tuple[float, float]:
+    """Width and height of a sheet of n images, the longer of them 6."""
+    h, w = form.event[-2] * min(ROW, -(-n // ROW)), form.event[-1] * min(ROW, n)
+    return max(6 * w / max(h, w), 1.0), max(6 * h / max(h, w), 1.0)
 
 
 def save_comparison(samples: dict[str, Tensor], form: Form, file: Path) -> None:

@@ -257,7 +257,7 @@ def _warn_of_memory(denoiser: Denoiser, sampling: Sampling, data_std: float) -> 
     if kept > REMEMBERED:
         warnings.warn(
             f"samples remember {kept:.2g} of their start with eta = {sampling.eta:g} from t = {float(sampling.grid[0]):g}: they will not get "
-            "the law p e^r, but that of `predicted`. Take eta = 1 and start in noise.",
+            "the law p e^r, but one that leaves the start as it is (see `predicted`). Take eta = 1 and start in noise.",
             MemoryWarning,
             stacklevel=3,
         )

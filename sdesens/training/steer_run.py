@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sdesens.diffusion.adjoint_matching import REMEMBERED, remembered
+from sdesens.diffusion.checks import whole
 from sdesens.diffusion.predict import Denoiser, Predictor
 from sdesens.diffusion.wrappers import guide
 from sdesens.errors import ArgumentError, SdesensError
@@ -100,7 +101,7 @@ def steer_run(
     batch: int = 400,
     lr: float = 2e-3,
     eta: float = 1.0,
-    n_steps: int = 32,
+    steps: int = 32,
     label: int | None = None,
     n: int = 20_000,
     seed: int = 0,
@@ -119,7 +120,7 @@ def steer_run(
         The new run's directory: new or empty.
     method, rounds, batch, lr, eta, seed, callback
         As of `steer`; `rounds` are its steps.
-    n_steps : int
+    steps : int
         Steps of the sampler that is tuned; it is judged on a grid four times as fine.
     label : int, optional
         The class, for a model with classes.
@@ -137,23 +138,17 @@ def steer_run(
         raise ArgumentError(
             f"`out` must be another directory than the run's, {str(out)!r}: the tuned model is a new run."
         )
+    whole("rounds", rounds)
+    whole("steps", steps, 2, hint="the sampler's last step goes to 0")
     base, std = _one_class(run, label, device), run.form.sigma_data
-    law = (
-        None if run.steered else load_data(run.config.data).law
-    )  # what a steered model was tuned to is not known exactly
-    tuning, judging = (
-        Sampling(steering_grid(base.schedule, k, data_std=std), run.form.event, eta) for k in (n_steps, FINE * n_steps)
-    )
-    exact = (
-        isinstance(reward, LinearReward)
-        and law is not None
-        and remembered(base.schedule, eta, data_std=std) <= REMEMBERED
-    )
-    seen = reward if exact else InUnits(reward, run.form)
-    rewarded(
-        seen, tuning.draw(base, 4, Philox(seed))
-    )  # a reward that cannot be used is heard of before anything is done
-    told = {"method": method, "rounds": rounds, "batch": batch, "lr": lr, "eta": eta, "n_steps": n_steps, "label": label, "seed": seed}  # fmt: skip
+    law = None if run.steered else load_data(run.config.data).law  # a steered model's own is not known exactly
+    grids = (steering_grid(base.schedule, k, data_std=std) for k in (steps, FINE * steps))
+    tuning, judging = (Sampling(grid, run.form.event, eta) for grid in grids)
+    forgets = remembered(base.schedule, eta, data_std=std) <= REMEMBERED
+    known = (law, reward) if law is not None and isinstance(reward, LinearReward) and forgets else None
+    seen = reward if known else InUnits(reward, run.form)
+    rewarded(seen, tuning.draw(base, 4, Philox(seed)))  # one that cannot be used is heard of before anything is done
+    told = {"method": method, "rounds": rounds, "batch": batch, "lr": lr, "eta": eta, "steps": steps, "label": label, "seed": seed}  # fmt: skip
     new = Run(out, run.config, run.form, {"from": str(run.path), "reward": named or _name(reward), **told})
     with claimed(new):
         try:
@@ -165,14 +160,17 @@ def steer_run(
         assert isinstance(tuned.net, nn.Module)
         weights = tuned.net.state_dict()
         save_checkpoint(new.checkpoints, Snapshot(rounds, weights, weights, {}, new.meta))
-        drawn = {
-            name: judging.draw(m, SHOWN, Philox(seed + 3)).cpu() for name, m in (("before", base), ("steered", tuned))
-        }
+        noise = Philox(seed + 3)
+        drawn = {name: judging.draw(m, SHOWN, noise).cpu() for name, m in (("before", base), ("steered", tuned))}
+        if known:
+            drawn["target"] = known[0].tilt(known[1].slopes).sample(SHOWN, seed=seed + 3)
         save_comparison(drawn, run.form, out / "steer.png")
-        target = tilted(law, reward) if exact else predicted(base, judging, seen, seed=seed + 1)  # type: ignore[arg-type]
+        target = tilted(*known) if known else predicted(base, judging, seen, seed=seed + 1)
         before, after = (moments(model, judging, seen, n=n, seed=seed + 1) for model in (base, tuned))
         model: Predictor = base if label is None else guide(base, 1.0, torch.tensor(label, device=device))
-        found = Outcome(before, after, target, exact, _derivatives(model, judging, seen, min(n, 4000), seed + 2))
+        found = Outcome(
+            before, after, target, known is not None, _derivatives(model, judging, seen, min(n, 4000), seed + 2)
+        )
         with whole_file(out / "steer.json") as part:
             part.write_text(json.dumps(found.to_json(), indent=2) + "\n")
     return found
