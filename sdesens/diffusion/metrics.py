@@ -28,7 +28,7 @@ Frechet's distance of Gaussians with covariances A^T A and B^T B is
 the sum of singular values. With triangular factors A and B of the centred rows no root of a rounded eigenvalue is taken.
 
 Every function raises ArgumentTypeError, DtypeError, ShapeError or ArgumentError for sets that are not floating tensors, do not share
-one event shape, hold too few rows, or NaN or infinite values; `Raises` names what else there is.
+one event shape, hold too few rows, or NaN, infinite or huge values; `Raises` names what else there is.
 
 References: N. Bonneel et al., J. Math. Imaging Vis. 51 (2015) 22, sliced distances; A. Gretton et al., JMLR 13 (2012) 723, MMD;
 D. Sutherland, N. Deka, arXiv 1906.02104, its variance;
@@ -52,6 +52,7 @@ from sdesens.noise import Philox
 
 D = torch.float64
 BLOCK = 2**19  # entries of a matrix held at a time, 4 MiB
+LARGEST = 1e140  # products of two are summed over rows
 
 
 class Coverage(NamedTuple):
@@ -267,6 +268,10 @@ def _tables(least: int, **given) -> list[Tensor]:
     (first, *_) = given
     for name, x in given.items():
         check_items(name, x)
+        if x.layout != torch.strided or x.is_meta:
+            raise ArgumentTypeError(
+                f"`{name}` must hold its numbers one by one, got a {'meta' if x.is_meta else x.layout} tensor: to_dense(), or load it."
+            )
         if x.shape[1:] != given[first].shape[1:]:
             raise ShapeError(
                 f"`{name}` must have rows of shape {tuple(given[first].shape[1:])}, as `{first}` has, got {tuple(x.shape[1:])}."
@@ -277,6 +282,10 @@ def _tables(least: int, **given) -> list[Tensor]:
             raise ArgumentError(
                 f"`{name}` holds NaN or infinite values in {len(bad)} of {len(x)} rows, the first is row {bad[0]}: count them, "
                 "then remove them."
+            )
+        if (size := float(x.detach().abs().max())) > LARGEST:
+            raise ArgumentError(
+                f"`{name}` holds numbers up to {size:.2g}, whose squares overflow: scale both sets down."
             )
         tables.append(x.detach().flatten(1).to(given[first].device, D))
     return tables

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sdesens.errors import ArgumentError
@@ -40,4 +40,5 @@ def whole_file(file: Path) -> Iterator[Path]:
             f"{str(file)!r} could not be written ({error}): make room, or give another place, and do it again."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or there is no such folder
+            part.unlink()

@@ -198,8 +198,7 @@ def steer(
     >>> tuned
     Denoiser(ResidualMLP of ... parameters, EDM(sigma_max=80), sigma_data=1)
     """
-    _check(denoiser, method, steps, batch, accumulate)
-    number("lr", lr, 0.0, hint="2e-3 is usual")
+    check_steering(denoiser, method, steps, batch, lr, accumulate)
     _warn_of_memory(denoiser, sampling, data_std)
     net, frozen = deepcopy(denoiser.net), deepcopy(denoiser.net)
     assert isinstance(net, nn.Module)  # `_check` has seen to it
@@ -238,7 +237,8 @@ def _round(task: Task, method: Method, step: int, batch: int, accumulate: int, w
     return Round(step, float(rewards.mean()), float(torch.cat(values).mean()) if values else math.nan)
 
 
-def _check(denoiser, method, steps, batch, accumulate) -> None:
+def check_steering(denoiser, method, steps, batch, lr, accumulate=1) -> None:
+    """Raise unless `steer` can do it."""
     if not isinstance(denoiser, Denoiser) or not isinstance(denoiser.net, nn.Module):
         raise ArgumentTypeError(
             f"`denoiser` must be a Denoiser around an nn.Module, whose weights are tuned, got {denoiser!r:.60}: a function has none."
@@ -246,6 +246,7 @@ def _check(denoiser, method, steps, batch, accumulate) -> None:
     if method not in METHODS:
         raise ArgumentError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
     whole("steps", steps)
+    number("lr", lr, 0.0, hint="2e-3 is usual")
     whole("accumulate", accumulate)
     whole("batch", batch, 2 * accumulate, BLOCK, hint="each piece takes two paths or more")
     if batch % accumulate:

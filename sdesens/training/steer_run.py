@@ -7,7 +7,7 @@ OUT/steer.json, OUT/steer.png      moments before and after beside the target's,
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from sdesens.training.files import whole_file
 from sdesens.training.pictures import save_comparison
 from sdesens.training.run import FILE, Run, claimed
 from sdesens.training.snapshot import Snapshot
-from sdesens.training.steer import Round, steer
+from sdesens.training.steer import Round, check_steering, steer
 from sdesens.training.steer_objective import LinearReward, Reward, Sampling, rewarded, steering_grid
 from sdesens.training.steer_report import Derivatives, Steered, derivatives, moments, predicted, tilted
 
@@ -54,7 +54,7 @@ class Outcome:
     Attributes
     ----------
     before, after, target : Steered
-        Moments of the base's samples, of the tuned model's, and of the law that it aims at.
+        Moments of the base's samples, of the tuned model's, and of the law that it aims at, in the data's own units.
     exact : bool
         Whether the target is a closed form; else it comes from weighted samples of the base.
     derivatives : Derivatives or None
@@ -141,6 +141,7 @@ def steer_run(
     whole("rounds", rounds)
     whole("steps", steps, 2, hint="the sampler's last step goes to 0")
     base, std = _one_class(run, label, device), run.form.sigma_data
+    check_steering(base, method, rounds, batch, lr)
     law = None if run.steered else load_data(run.config.data).law  # a steered model's own is not known exactly
     grids = (steering_grid(base.schedule, k, data_std=std) for k in (steps, FINE * steps))
     tuning, judging = (Sampling(grid, run.form.event, eta) for grid in grids)
@@ -168,12 +169,21 @@ def steer_run(
         target = tilted(*known) if known else predicted(base, judging, seen, seed=seed + 1)
         before, after = (moments(model, judging, seen, n=n, seed=seed + 1) for model in (base, tuned))
         model: Predictor = base if label is None else guide(base, 1.0, torch.tensor(label, device=device))
-        found = Outcome(
-            before, after, target, known is not None, _derivatives(model, judging, seen, min(n, 4000), seed + 2)
-        )
+        slopes = _derivatives(model, judging, seen, min(n, 4000), seed + 2)
+        before, after, target = (_in_units(s, run.form) for s in (before, after, target))
+        found = Outcome(before, after, target, known is not None, slopes)
         with whole_file(out / "steer.json") as part:
             part.write_text(json.dumps(found.to_json(), indent=2) + "\n")
     return found
+
+
+def _in_units(s: Steered, form: Form) -> Steered:
+    """Moments in the data's own units; rewards are of them already."""
+    shift, scale = (torch.tensor(v, dtype=torch.float64).expand_as(s.mean.mean) for v in (form.shift, form.scale))
+    mean = replace(s.mean, mean=shift + scale * s.mean.mean, standard_error=scale * s.mean.standard_error)
+    both = torch.outer(scale, scale)
+    cov = replace(s.cov, mean=both * s.cov.mean, standard_error=both * s.cov.standard_error)
+    return Steered(s.reward, mean, cov)
 
 
 def _derivatives(model: Predictor, sampling: Sampling, reward: Reward, n: int, seed: int) -> Derivatives | None:
