@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sdesens.training import load_data
+
 PAGE = Path(__file__).parent.parent / "docs" / "training.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
 
@@ -20,6 +22,20 @@ def plain() -> dict:
     session: dict = {}
     exec(compile(block("import torch"), str(PAGE), "exec"), session)
     return session
+
+
+def test_the_rest_of_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    session: dict = {}
+    for text in BLOCKS:
+        if "torch" not in text:
+            exec(compile(text, str(PAGE), "exec"), session)
+    assert session["x"].shape == (100, 2)
+    assert load_data("rows.npz").form.cell > 0
+    assert session["closeness"](session["x"]).shape == (100,)
+    before, exact = capsys.readouterr().out.splitlines()
+    assert "(95% CI, n=1000)" in before
+    assert exact == "0.551123 (exact)"
 
 
 def test_the_plain_loop_trains(plain):

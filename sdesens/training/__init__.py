@@ -21,12 +21,17 @@ from sdesens.training.run import Run, open_run
 from sdesens.training.samples import Samples, draw_samples, sampler_grid
 from sdesens.training.scores import Report, Score, score
 from sdesens.training.snapshot import Snapshot
+from sdesens.training.steer import steer
+from sdesens.training.steer_objective import LinearReward, Sampling, objective_problem, steering_grid
+from sdesens.training.steer_report import Derivatives, Steered, derivatives, moments, predicted, tilted
+from sdesens.training.steer_run import Outcome, steer_run
 from sdesens.training.train import train
 from sdesens.training.trainer import Trainer
 
 __all__ = [
-    "Batch", "Batches", "Data", "Form", "Ranks", "Report", "Run", "Samples", "Score", "Snapshot", "TrainConfig", "Trainer",
-    "batch_loss", "checkpoints", "draw_samples", "floors", "join", "load_best", "load_checkpoint", "load_data", "load_latest",
-    "load_weights", "loss_weight", "make_denoiser", "make_network", "make_report", "network_of", "open_run", "read_log", "recipe",
-    "sampler_grid", "save_checkpoint", "score", "train", "training_floors", "training_times",
+    "Batch", "Batches", "Data", "Derivatives", "Form", "LinearReward", "Outcome", "Ranks", "Report", "Run", "Samples", "Sampling", "Score",
+    "Snapshot", "Steered", "TrainConfig", "Trainer", "batch_loss", "checkpoints", "derivatives", "draw_samples", "floors", "join",
+    "load_best", "load_checkpoint", "load_data", "load_latest", "load_weights", "loss_weight", "make_denoiser", "make_network",
+    "make_report", "moments", "network_of", "objective_problem", "open_run", "predicted", "read_log", "recipe", "sampler_grid",
+    "save_checkpoint", "score", "steer", "steer_run", "steering_grid", "tilted", "train", "training_floors", "training_times",
 ]  # fmt: skip
