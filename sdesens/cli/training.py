@@ -98,7 +98,7 @@ train.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
 
 def _picture(denoiser, data: Data, file: Path) -> None:
     n = 100 if is_image(data.form) else 2000
-    save_samples(draw_samples(denoiser, data.form, n), data.form, file, like=data.test)
+    save_samples(draw_samples(denoiser, data.form, n), data.form, file, like=data.train)
 
 
 def sample(

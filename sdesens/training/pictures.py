@@ -48,8 +48,9 @@ def show_samples(axes: Any, x: Tensor, form: Form, *, like: Tensor | None = None
     rows = [form.restore(r[:SHOWN_POINTS]).flatten(1) for r in (like, x) if r is not None]
     names, colours = ["data", label][-len(rows) :], ["0.6", "C0"][-len(rows) :]
     if rows[0].shape[1] == 1:
+        bins = torch.linspace(*torch.cat(rows).aminmax(), 41).numpy()
         for r, name, colour in zip(rows, names, colours, strict=True):
-            axes.hist(r[:, 0].numpy(), bins=60, density=True, histtype="step", label=name, color=colour)
+            axes.hist(r[:, 0].numpy(), bins=bins, density=True, histtype="step", label=name, color=colour)
         axes.set(xlabel="x[0]", ylabel="density")
     else:
         for r, name, colour in zip(rows, names, colours, strict=True):
@@ -57,7 +58,8 @@ def show_samples(axes: Any, x: Tensor, form: Form, *, like: Tensor | None = None
         axes.set(xlabel="x[0]", ylabel="x[1]")
         if len(form.scale) == 1:  # else columns have units of their own
             axes.set_aspect("equal", adjustable="datalim")
-    axes.legend(loc="upper right", fontsize="small", markerscale=4)
+    if len(rows) > 1:
+        axes.legend(loc="upper right", fontsize="small", markerscale=4)
     return axes
 
 
@@ -79,15 +81,16 @@ def tiles(x: Tensor, form: Form) -> Any:
 
 
 def show_levels(axes: Any, report: Report) -> Any:
-    """Draw the eps-loss at each log-SNR beside its floors into Axes."""
+    """Draw the eps-loss at each log-SNR and its other floors, over that of the best linear network, into Axes."""
     lam = [level.log_snr for level in report.levels]
     for name, (colour, style) in FLOORS.items():
         if all(name in level.floors for level in report.levels):
-            axes.plot(lam, [level.floors[name] for level in report.levels], style, color=colour, label=f"{name} floor")
-    axes.plot(lam, [level.test for level in report.levels], "C0o-", label="test", markersize=4)
-    axes.plot(lam, [level.train for level in report.levels], "C1x--", label="train", markersize=5)
-    lowest = min(min(level.test, level.train) for level in report.levels)
-    axes.set(yscale="log", ylim=(lowest / 3, None), xlabel="log-SNR (data on the right)", ylabel="eps-loss a dimension", title="what is learnt, and what could be")  # fmt: skip
+            ratios = [level.floors[name] / level.floors["linear"] for level in report.levels]
+            axes.plot(lam, ratios, style, color=colour, label=f"{name} floor")
+    own = {k: [getattr(level, k) / level.floors["linear"] for level in report.levels] for k in ("test", "train")}
+    axes.plot(lam, own["test"], "C0o-", label="test", markersize=4)
+    axes.plot(lam, own["train"], "C1x--", label="train", markersize=5)
+    axes.set(ylim=(0, 1.1 * max(1.0, *own["test"], *own["train"])), xlabel="log-SNR (data on the right)", ylabel="eps-loss, over the linear floor", title="what is learnt, and what could be")  # fmt: skip
     axes.legend(fontsize="small")
     return axes
 
@@ -142,7 +145,7 @@ def save_report(report: Report, data: Data, rows: list[dict[str, Any]], floors: 
     figure, axes, plt = _figure(16 if image else 13, 4.2, 4 if image else 3)
     if image:
         show_samples(axes[0], data.test, data.form).set_title("test data")
-    show_samples(axes[-3], report.samples.x, data.form, like=data.test).set_title("samples")
+    show_samples(axes[-3], report.samples.x, data.form, like=data.train).set_title("samples")
     show_levels(axes[-2], report)
     show_log(axes[-1], rows, floors)
     _save(figure, file, plt)

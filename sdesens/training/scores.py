@@ -182,7 +182,7 @@ def _losses(denoiser: Denoiser, data: Data) -> list[Score]:
         if name == "test" or data.law is None:
             loss = _eps_loss(denoiser, rows, labels, log_snr)
             value, error = float(loss.mean()), float(loss.std() / math.sqrt(len(loss)))
-            worse = value > found.get("linear", math.inf)
+            worse = value - 2 * error > found.get("linear", math.inf)
             more = " (no better than a linear network: train longer)" if worse else ""
             scores.append(Score(f"eps-loss, {name}", value, found.get("oracle"), error, note + more))
     return scores

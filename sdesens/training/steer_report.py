@@ -215,7 +215,8 @@ class Derivatives:
     def table(self) -> Table:
         """One row a parameter, one column a method: the derivative and its 95 % interval."""
         first = next(iter(self.results.values()))
-        table = Table(title=f"before steering: E[r] = {first.value!r}", title_justify="left")
+        value = f"{first.value!r}".split(" (95%")[0]
+        table = Table(title=f"before steering: E[r] = {value}", title_justify="left")
         for head in ("parameter", *self.results):
             table.add_column(head)
         for name in first.gradient:

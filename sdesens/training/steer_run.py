@@ -85,8 +85,8 @@ class Outcome:
             found.add_row(f"variance of x[{i}]", *(_shown(s.cov, (i, i)) for s in rows))
         far, off = (s.deviation(self.target) for s in (self.before, self.after))
         for name, k in (("mean", "mean"), ("covariance", "cov")):
-            cells = (f"{100 * float(v[k].mean):.2g} %" for v in (far, off))
-            noise = f"sampling alone: {100 * float(off[k].standard_error):.2g} %"
+            cells = (f"{100 * float(v[k].mean):.1f} %" for v in (far, off))
+            noise = f"sampling alone: {100 * float(off[k].standard_error):.1f} %"
             found.add_row(f"{name}: distance from the target's, by its size", *cells, noise)
         return found
 
