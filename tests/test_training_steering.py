@@ -14,10 +14,10 @@ from sdesens import sensitivity
 from sdesens.cli.training import _reward
 from sdesens.diffusion import EDM, VP, Denoiser, Gaussian, GaussianMixture, remembered
 from sdesens.errors import ArgumentError, ArgumentTypeError, MemoryWarning, NonFiniteError, ShapeError
-from sdesens.training import load_best, make_network, open_run, recipe, train
+from sdesens.training import load_best, load_data, make_network, open_run, recipe, train
 from sdesens.training.steer import METHODS, steer
 from sdesens.training.steer_objective import LinearReward, Sampling, objective_problem, steering_grid
-from sdesens.training.steer_report import derivatives, moments, predicted, tilted
+from sdesens.training.steer_report import derivatives, moments, moments_of, picked, predicted, reweighted, tilted
 from sdesens.training.steer_run import steer_run
 
 D = torch.float64
@@ -154,6 +154,23 @@ def test_tilted_moments_are_those_of_weighted_draws():
         tilted(ring, lambda x: x[:, 0])
 
 
+def test_samples_by_weights_have_the_tilted_law():
+    """Weighted samples of a mixture, and those picked by their weights, beside the closed form; 4 standard errors: 6e-5 each number."""
+    law, reward = GaussianMixture.ring(), LinearReward([0.5, 0.25])
+    x = law.sample(40_000, seed=5)
+    found, exact = reweighted(x, reward), tilted(law, reward)
+    for name in ("reward", "mean", "cov"):
+        own, wanted = getattr(found, name), getattr(exact, name)
+        assert bool(((own.mean - wanted.mean).abs() < 4 * own.standard_error).all()), name
+    assert float(found.reward.standard_error) < 0.01 * float(exact.reward.mean)
+    few = moments_of(picked(x, reward, 4000), reward)  # systematic: never noisier than independent picks
+    noise = torch.hypot(few.mean.standard_error, found.mean.standard_error)
+    assert bool(((few.mean.mean - exact.mean.mean).abs() < 4 * noise).all())
+    assert abs(float(reward(x).mean() - exact.reward.mean)) > 50 * float(found.reward.standard_error)  # and without
+    with pytest.raises(ArgumentError, match="`n`"):
+        reweighted(x[:3], reward)
+
+
 def test_derivatives_of_guidance_are_their_formula():
     """Unit variances: d E[x_0]/dw = mu (1 - alpha_T^2) for the reverse SDE, path by path, but for the steps of order 1."""
     from sdesens.diffusion import Guided, uniform_grid
@@ -229,8 +246,9 @@ def test_the_command_writes_a_run_that_is_sampled_and_not_trained(tmp_path):
     for words, message in (
         (f"{tmp_path}/mine.py:radius", "that file has closeness"),
         ("linear:a", "linear:NUMBER"),
+        ("linear:1,2,3", "takes 2 numbers, one an entry of a sample, got 3"),
         ("mine", "FILE.py:NAME"),
         ("none.py:f", "there is no file"),
     ):
         with pytest.raises(ArgumentError, match=message):
-            _reward(words)
+            _reward(words, load_data("gmm8").form)

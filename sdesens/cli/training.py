@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import sys
 from dataclasses import MISSING, fields
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from sdesens.cli.common import as_argument, console, load_object, plain
 from sdesens.errors import ArgumentError
+from sdesens.training.checkpoint import checkpoints
 from sdesens.training.config import RECIPES, TrainConfig, recipe
-from sdesens.training.data import Data
+from sdesens.training.data import Data, Form
 from sdesens.training.pictures import is_image, require_matplotlib, save_samples
 from sdesens.training.ranks import choose_device
 from sdesens.training.report import level_table, make_report, table
@@ -80,7 +82,9 @@ def train(
     try:
         run = train_run(config, path, device=device, tensorboard=tensorboard, progress=not quiet, picture=_picture)
     except KeyboardInterrupt:
-        print("\nsdesens: stopped; the same command goes on from the last checkpoint.", file=sys.stderr)
+        saved = [int(p.name.removeprefix("step-")) for p in checkpoints(path / "checkpoints")]
+        there = f"goes on from step {max(saved)}" if saved else "begins anew, as no checkpoint was reached"
+        print(f"\nsdesens: stopped; the same command {there}.", file=sys.stderr)
         raise typer.Exit(130) from None
     if with_report and os.environ.get("RANK", "0") == "0":  # of several processes, the first
         screen = console()
@@ -122,6 +126,7 @@ def sample(
     found = open_run(run)
     where = _stem(run / f"sample-{sampler}" if out is None else out)
     require_matplotlib()
+    _check_class(found.form, label, guidance)
     if not found.config.drop_label and guidance != 1.0:
         raise ArgumentError("`--guidance` needs a model that has seen hidden labels: train with --drop-label above 0.")
     if found.config.drop_label == 1.0 and label is not None:
@@ -131,8 +136,17 @@ def sample(
         denoiser, found.form, n, sampler=sampler, steps=steps, label=label, guidance=guidance, eta=eta, seed=seed
     )
     samples.save(where.with_name(where.name + ".npz"), found.form)
-    save_samples(samples, found.form, where.with_name(where.name + ".png"))
+    title = f"{sampler}, {n} samples" + (f", class {label}" if label is not None else "")
+    title += f", guidance {guidance:g}" if guidance != 1.0 else ""
+    save_samples(samples, found.form, where.with_name(where.name + ".png"), title=title)
     print(f"{where}.npz, {where}.png")
+
+
+def _check_class(form: Form, label: int | None, guidance: float = 1.0) -> None:
+    if not form.classes and (label is not None or guidance != 1.0):
+        raise ArgumentError("`--class` and `--guidance` are for a model with classes: its data had no labels.")
+    if label is not None and not 0 <= label < form.classes:
+        raise ArgumentError(f"`--class` must be a class of the data, 0 ... {form.classes - 1}, got {label}.")
 
 
 def _stem(out: Path) -> Path:
@@ -177,7 +191,7 @@ def steer(
     lr: Annotated[float, typer.Option(help="Learning rate at the start.")] = 2e-3,
     eta: Annotated[float, typer.Option(help="Noise level of the sampler; below 1 it remembers its start.")] = 1.0,
     steps: Annotated[int, typer.Option(help="Steps of the sampler that is tuned.")] = 32,
-    label: Annotated[int | None, typer.Option("--class", help="The class, for a model with classes.")] = None,
+    label: Annotated[int | None, typer.Option("--class", help="The class; needed for a model with classes.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Directory of the tuned model; RUN-steered if left out.")] = None,
     device: DEVICE = "auto",
@@ -185,6 +199,11 @@ def steer(
 ) -> None:
     """Tune a trained model so that its samples have the law p e^r, and show how its mean reward moves with the sampler's parameters."""
     found = open_run(run)
+    _check_class(found.form, label)
+    if found.form.classes and label is None:
+        raise ArgumentError(
+            f"a model with classes is steered for one of them: give `--class`, 0 ... {found.form.classes - 1}."
+        )
     require_matplotlib()
     where = out or run.resolve().with_name(run.resolve().name + "-steered")
     with tqdm(total=rounds, unit=" rounds", disable=True if as_json else None) as bar:
@@ -194,11 +213,10 @@ def steer(
             bar.update()
             if r.step + 1 == rounds:
                 bar.close()
-                print("scoring: samples before and after, the target, derivatives of the mean reward", file=sys.stderr)
 
         outcome = steer_run(
-            found, _reward(reward), where, method=method, rounds=rounds, batch=batch, lr=lr, eta=eta, steps=steps, label=label,
-            seed=seed, named=reward, device=choose_device(device), callback=seen,
+            found, _reward(reward, found.form), where, method=method, rounds=rounds, batch=batch, lr=lr, eta=eta, steps=steps, label=label,
+            seed=seed, named=reward, device=choose_device(device), callback=seen, say=lambda text: print(f"{text} ...", file=sys.stderr),
         )  # fmt: skip
     if as_json:
         print(json.dumps(plain(outcome.to_json()), indent=2, allow_nan=False))
@@ -209,15 +227,20 @@ def steer(
     console().print(f"tuned model: {where}; picture: {where / 'steer.png'}", soft_wrap=True)
 
 
-def _reward(words: str) -> Reward:
+def _reward(words: str, form: Form) -> Reward:
     kind, _, rest = words.partition(":")
     if kind == "linear":
         try:
-            return LinearReward(torch.tensor([float(a) for a in rest.split(",")], dtype=torch.float64))
+            slopes = torch.tensor([float(a) for a in rest.split(",")], dtype=torch.float64)
         except ValueError as error:
-            raise ArgumentError(f"`reward` {words!r} is not linear:NUMBER,NUMBER,...: {error}.") from error
+            raise ArgumentError(f"`--reward` {words!r} is not linear:NUMBER,NUMBER,...: {error}.") from error
+        if slopes.numel() != math.prod(form.event):
+            raise ArgumentError(
+                f"`--reward` linear: takes {math.prod(form.event)} numbers, one an entry of a sample, got {slopes.numel()}."
+            )
+        return LinearReward(slopes.reshape(form.event))
     if not rest:
-        raise ArgumentError(f"`reward` must be linear:NUMBER,NUMBER,... or FILE.py:NAME, got {words!r}.")
+        raise ArgumentError(f"`--reward` must be linear:NUMBER,NUMBER,... or FILE.py:NAME, got {words!r}.")
     found, there = load_object(words)
     if not callable(found):
         names = ", ".join(k for k, v in there.items() if callable(v) and not k.startswith("_"))

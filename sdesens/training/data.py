@@ -117,6 +117,11 @@ def load_data(name: str) -> Data:
     return _from_arrays(str(path.name), *_read(path))
 
 
+def law_of(name: str) -> GaussianMixture | None:
+    """The exact law of the data of that name, where there is one."""
+    return GaussianMixture.ring() if name == "gmm8" else None
+
+
 def _gmm8() -> Data:
     law = GaussianMixture.ring()
     sigma_data = float(law.cov.diagonal().mean().sqrt())

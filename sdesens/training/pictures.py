@@ -110,14 +110,16 @@ def show_log(axes: Any, rows: list[dict[str, Any]], floors: dict[str, float]) ->
         top = max([values[int(0.97 * (len(values) - 1))], *floors.values(), *(v for _, v in held)])
         axes.set_ylim(None, 1.1 * top)
     axes.set(xlabel="step", ylabel="loss", title="training" if losses else "no log of the training")
-    axes.legend(fontsize="small", loc="upper right")
+    axes.legend(fontsize="small")
     return axes
 
 
-def save_samples(samples: Samples, form: Form, file: Path, *, like: Tensor | None = None) -> None:
+def save_samples(
+    samples: Samples, form: Form, file: Path, *, like: Tensor | None = None, title: str | None = None
+) -> None:
     """Write a picture of samples."""
     figure, axes, plt = _figure(*(_size(form, len(samples.x)) if is_image(form) else (5.0, 5.0)))
-    show_samples(axes, samples.x, form, like=like)
+    show_samples(axes, samples.x, form, like=like).set_title(title or "")
     _save(figure, file, plt)
 
 

@@ -60,7 +60,7 @@ def table(report: Report) -> Table:
         "value",
         "real rows, or best",
         "good is",
-        "",
+        "remark",
         title=f"{len(report.samples.x)} samples",
         title_justify="left",
     )

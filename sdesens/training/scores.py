@@ -114,7 +114,11 @@ def _distances(x: Tensor, data: Data) -> list[Score]:
     found = [Score("sliced W2", sliced_w2(x, many), sliced_w2(test, many), note=note)]
     if x[0].numel() <= FEW:
         here, floor = mmd2(x, data.train), mmd2(test, data.train)
-        found.append(Score("MMD^2", float(here.mean), float(floor.mean), float(here.standard_error)))
+        found.append(
+            Score(
+                "MMD^2", float(here.mean), float(floor.mean), float(here.standard_error), "unbiased: may fall below 0"
+            )
+        )
     return found
 
 
@@ -127,7 +131,7 @@ def _of_law(x: Tensor, data: Data) -> list[Score]:
     error = float(entropies[0].std() / math.sqrt(len(x)))
     return [
         Score("inliers", own.inliers, real.inliers, None, "within 3 standard deviations of a mode", "higher"),
-        Score("mode total variation", own.mode_tv, real.mode_tv),
+        Score("mode total variation", own.mode_tv, real.mode_tv, note="how far the modes' shares are off, 0 to 1"),
         Score(
             "cross-entropy", float(entropies[0].mean()), float(entropies[1].mean()), error, "nats, under the true law"
         ),
@@ -141,7 +145,7 @@ def _of_classes(x: Tensor, labels: Tensor | None, data: Data) -> list[Score]:
     test, train, own = (judge.features(rows) for rows in (data.test, data.train, x))
     return [
         Score("classifier Frechet distance, test", frechet(own, test), frechet(train, test)),
-        Score("classifier Frechet distance, train", frechet(own, train), note="depends on how many there are"),
+        Score("classifier Frechet distance, train", frechet(own, train), note="depends on the number of samples"),
         Score(
             "class hit rate", judge.accuracy(x, labels), judge.accuracy(data.test, data.test_labels), better="higher"
         ),
@@ -185,6 +189,7 @@ def _losses(denoiser: Denoiser, data: Data) -> list[Score]:
             worse = value - 2 * error > found.get("linear", math.inf)
             more = " (no better than a linear network: train longer)" if worse else ""
             scores.append(Score(f"eps-loss, {name}", value, found.get("oracle"), error, note + more))
+            note = "the same levels, training rows"
     return scores
 
 
@@ -224,7 +229,7 @@ def _likelihood(denoiser: Denoiser, data: Data) -> Score:
     error = float(values.std() / math.sqrt(len(values)))
     if cell:
         return Score(
-            "test bits per dimension", float(values.mean()), None, error, f"{len(x)} rows, dequantised, at most"
+            "test bits per dimension", float(values.mean()), None, error, f"{len(x)} rows, dequantised: an upper bound"
         )
     floor = None if data.law is None else float(data.law.log_density(x.double(), VP(), 0.0).mean())
     scale = torch.tensor(data.form.scale, dtype=torch.float64).log().expand(d if len(data.form.scale) == 1 else -1)

@@ -10,7 +10,7 @@ sum 1 is biased by -sum_j v_j^2 (f_j - mean) in the order 1/M; the weights used 
 
     v_j + v_j^2 - v_j sum_i v_i^2,                                                                (2)
 
-which leaves the order 1/M^2. If the start is forgotten, (1) is p e^r. For Gaussian data of variance s^2 all along the shift is that of
+which leaves the order 1/M^2. If the start is forgotten, (1) is p e^r, and any samples of the base will do (`reweighted`). For Gaussian data of variance s^2 all along the shift is that of
 p e^r less the share that `remembered` computes.
 
 Reference: C. Domingo-Enrich et al., 2409.08861, section 4, for (1).
@@ -36,7 +36,8 @@ from sdesens.montecarlo import Sensitivity, sensitivity
 from sdesens.noise import Philox
 from sdesens.training.steer_objective import LinearReward, Reward, Sampling, rewarded
 
-FEWEST = 10  # effective samples a start
+FEWEST = 10  # effective samples a start, or a group
+GROUP = 400  # samples of a group of `reweighted`
 AT_ONCE = 2**22  # numbers of samples, or of their squares, worked on together
 STARTS = 0x64736DF0  # the stream of the starts of `predicted`
 
@@ -101,13 +102,46 @@ def moments(denoiser: Predictor, sampling: Sampling, reward: Reward, *, n: int =
     >>> found.mean.mean.shape, found.cov.mean.shape
     (torch.Size([2]), torch.Size([2, 2]))
     """
+    return moments_of(many(denoiser, sampling, n, seed), reward)
+
+
+def many(denoiser: Predictor, sampling: Sampling, n: int, seed: int = 0) -> Tensor:
+    """Samples (n, *event) that are not drawn all at once; the numbers are those of one draw."""
     whole("n", n, 2, hint="it is a number of samples")
-    size, noise = _block(sampling), Philox(seed)
-    parts = [sampling.draw(denoiser, min(size, n - k), noise, k) for k in range(0, n, size)]
-    rewards = torch.cat([rewarded(reward, x).double() for x in parts])
-    x = torch.cat(parts).flatten(1).double()
+    size, noise = max(1, AT_ONCE // (256 * math.prod(sampling.event))), Philox(seed)
+    return torch.cat([sampling.draw(denoiser, min(size, n - k), noise, k) for k in range(0, n, size)])
+
+
+def moments_of(x: Tensor, reward: Reward) -> Steered:
+    """Moments of samples x (n, *event)."""
     one = torch.ones(1, dtype=torch.float64, device=x.device)
-    return _weighted(rewards[:, None], x[:, None], one.expand(n, 1))
+    return _weighted(rewarded(reward, x).double()[:, None], x.flatten(1).double()[:, None], one.expand(len(x), 1))
+
+
+def reweighted(x: Tensor, reward: Reward) -> Steered:
+    """Moments of p e^r from samples x (n, *event) of p, weighted by e^r in groups of some hundreds, equation (2) with a group for a start.
+
+    Standard errors come from the spread over groups, at least 2 of them; rows that fill no group are left out.
+
+    Example
+    -------
+    >>> found = reweighted(Gaussian([0.0], [1.0]).sample(20_000, 1), LinearReward([1.0]))
+    >>> bool((found.mean.mean - 1).abs() < 0.1)  # that of N(1, 1)
+    True
+    """
+    each = max(2, min(GROUP, len(x) // 8))
+    whole("n", len(x), 2 * each, hint="it is a number of samples")
+    x = x[: len(x) // each * each]
+    rewards = rewarded(reward, x).double().reshape(-1, 1, each)
+    v = _weights(rewards, "group")
+    return _weighted(rewards.flatten(1), x.flatten(1).double().unflatten(0, (-1, each)), v.flatten(1))
+
+
+def picked(x: Tensor, reward: Reward, n: int) -> Tensor:
+    """n of the samples x, in proportion to e^r: those at equal distances along the sum of their weights (systematic resampling)."""
+    ends = torch.softmax(rewarded(reward, x).double(), 0).cumsum(0)
+    places = (torch.arange(n, dtype=torch.float64, device=x.device) + 0.5) / n * ends[-1]
+    return x[torch.searchsorted(ends, places)]
 
 
 def predicted(
@@ -140,19 +174,24 @@ def predicted(
     noise = Philox(seed)
     starts = sampling.begin(base, n_starts, Philox(seed, STARTS))
     starts = torch.stack((starts, -starts), 1).flatten(0, 1).repeat_interleave(n_each, 0)
-    size = _block(sampling)
-    parts = [sampling.go_on(base, starts[k : k + size], noise, k) for k in range(0, len(starts), size)]
-    rewards = torch.cat([rewarded(reward, x).double() for x in parts]).unflatten(0, (n_starts, 2, n_each))
+    size = max(1, AT_ONCE // (256 * math.prod(sampling.event)))
+    x = torch.cat([sampling.go_on(base, starts[k : k + size], noise, k) for k in range(0, len(starts), size)])
+    rewards = rewarded(reward, x).double().reshape(n_starts, 2, n_each)
+    v = _weights(rewards, "start")
+    return _weighted(rewards.flatten(1), x.flatten(1).double().unflatten(0, (n_starts, 2 * n_each)), v.flatten(1))
+
+
+def _weights(rewards: Tensor, unit: str) -> Tensor:
+    """Equation (2) along the last dimension of rewards (units, parts, each), with a mean over the parts."""
+    each = rewards.shape[2]
     v = torch.softmax(rewards, 2)
-    if (count := float((1 / v.square().sum(2)).median())) < min(FEWEST, n_each / 4):
+    if (count := float((1 / v.square().sum(2)).median())) < min(FEWEST, each / 4):
         warnings.warn(
-            f"the target rests on {count:.1f} of {n_each} samples a start, and its error bars say too little: take a smaller reward.",
+            f"the target rests on {count:.1f} of {each} samples a {unit}, and its error bars say too little: take a smaller reward.",
             HighVarianceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    v = (v + v.square() - v * v.square().sum(2, keepdim=True)) / 2
-    x = torch.cat(parts).flatten(1).double().unflatten(0, (n_starts, 2 * n_each))
-    return _weighted(rewards.flatten(1), x, v.flatten(1))
+    return (v + v.square() - v * v.square().sum(2, keepdim=True)) / rewards.shape[1]
 
 
 def tilted(law: Gaussian | GaussianMixture, reward: LinearReward) -> Steered:
@@ -173,11 +212,6 @@ def tilted(law: Gaussian | GaussianMixture, reward: LinearReward) -> Steered:
     found = law.tilt(reward.slopes)
     cov = torch.diag(found.cov) if found.cov.dim() == 1 else found.cov
     return Steered(*(Estimate(v, torch.zeros_like(v), 0, 1) for v in (found.mean @ reward.slopes, found.mean, cov)))
-
-
-def _block(sampling: Sampling) -> int:
-    """How many samples are drawn together."""
-    return max(1, AT_ONCE // (256 * math.prod(sampling.event)))
 
 
 def _weighted(rewards: Tensor, x: Tensor, v: Tensor) -> Steered:

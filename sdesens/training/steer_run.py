@@ -22,17 +22,28 @@ from sdesens.errors import ArgumentError, SdesensError
 from sdesens.estimate import Estimate
 from sdesens.noise import Philox
 from sdesens.training.checkpoint import checkpoints, save_checkpoint
-from sdesens.training.data import Form, load_data
+from sdesens.training.data import Form, law_of
 from sdesens.training.files import whole_file
 from sdesens.training.pictures import save_comparison
 from sdesens.training.run import FILE, Run, claimed
 from sdesens.training.snapshot import Snapshot
 from sdesens.training.steer import Round, check_steering, steer
 from sdesens.training.steer_objective import LinearReward, Reward, Sampling, rewarded, steering_grid
-from sdesens.training.steer_report import Derivatives, Steered, derivatives, moments, predicted, tilted
+from sdesens.training.steer_report import (
+    Derivatives,
+    Steered,
+    derivatives,
+    many,
+    moments_of,
+    picked,
+    predicted,
+    reweighted,
+    tilted,
+)
 
 FINE = 4  # the grid of evaluation has so many steps for one of tuning
 SHOWN = 2000
+STARTS = 250  # pairs, where the start is remembered
 FEW = 4  # dimensions of which the table has each
 
 
@@ -108,6 +119,7 @@ def steer_run(
     named: str | None = None,
     device: str | torch.device = "cpu",
     callback: Callable[[Round], None] | None = None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Outcome:
     """Steer a run's model to the law p e^r, and write a new run.
 
@@ -129,6 +141,8 @@ def steer_run(
     named : str, optional
         What to call the reward in the new run's description.
     device : str or torch.device
+    say : callable (str), optional
+        Is told what comes next, once the model is tuned.
 
     Raises
     ------
@@ -142,7 +156,7 @@ def steer_run(
     whole("steps", steps, 2, hint="the sampler's last step goes to 0")
     base, std = _one_class(run, label, device), run.form.sigma_data
     check_steering(base, method, rounds, batch, lr)
-    law = None if run.steered else load_data(run.config.data).law  # a steered model's own is not known exactly
+    law = None if run.steered else law_of(run.config.data)  # a steered model's own is not known exactly
     grids = (steering_grid(base.schedule, k, data_std=std) for k in (steps, FINE * steps))
     tuning, judging = (Sampling(grid, run.form.event, eta) for grid in grids)
     forgets = remembered(base.schedule, eta, data_std=std) <= REMEMBERED
@@ -161,15 +175,20 @@ def steer_run(
         assert isinstance(tuned.net, nn.Module)
         weights = tuned.net.state_dict()
         save_checkpoint(new.checkpoints, Snapshot(rounds, weights, weights, {}, new.meta))
-        noise = Philox(seed + 3)
-        drawn = {name: judging.draw(m, SHOWN, noise).cpu() for name, m in (("before", base), ("steered", tuned))}
+        say("samples before and after")
+        drawn = {name: many(m, judging, n, seed + 1) for name, m in (("before", base), ("steered", tuned))}
+        before, after = (moments_of(x, seen) for x in drawn.values())
         if known:
-            drawn["target"] = known[0].tilt(known[1].slopes).sample(SHOWN, seed=seed + 3)
-        save_comparison(drawn, run.form, out / "steer.png")
-        target = tilted(*known) if known else predicted(base, judging, seen, seed=seed + 1)
-        before, after = (moments(model, judging, seen, n=n, seed=seed + 1) for model in (base, tuned))
+            target, drawn["target"] = tilted(*known), known[0].tilt(known[1].slopes).sample(SHOWN, seed=seed + 3)
+        elif forgets:
+            target, drawn["target"] = reweighted(drawn["before"], seen), picked(drawn["before"], seen, SHOWN)
+        else:
+            say("the target, which depends on the start")
+            target = predicted(base, judging, seen, n_starts=STARTS, seed=seed + 2)
+        save_comparison({k: x[:SHOWN].cpu() for k, x in drawn.items()}, run.form, out / "steer.png")
+        say("derivatives of the mean reward")
         model: Predictor = base if label is None else guide(base, 1.0, torch.tensor(label, device=device))
-        slopes = _derivatives(model, judging, seen, min(n, 4000), seed + 2)
+        slopes = _derivatives(model, judging, seen, min(n, 4000), seed + 4)
         before, after, target = (_in_units(s, run.form) for s in (before, after, target))
         found = Outcome(before, after, target, known is not None, slopes)
         with whole_file(out / "steer.json") as part:

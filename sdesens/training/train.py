@@ -159,7 +159,7 @@ class Progress:
         """Begin at a step."""
         self.begun, self.first = time.monotonic(), step
         if self.wanted:
-            self._say(f"from step {step}; {self.floor}" if step else self.floor)
+            self._say((f"from step {step}; " if step else "") + f"to compare the loss with: {self.floor}")
             self.bar = tqdm(total=self.config.steps, initial=step, unit=" steps", disable=None, dynamic_ncols=True)
 
     def speed(self, step: int) -> float:
