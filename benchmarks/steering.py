@@ -52,16 +52,16 @@ def one(base, name: str, seed: int) -> dict[str, float]:
     tilt, kept = tilted(law, reward), remembered(base.schedule, eta, data_std=std, t=first)
     target = tilt if kept < 1e-2 else predicted(base, fine, reward, n_starts=2000, n_each=64, seed=11)
     after = moments(tuned, fine, reward, n=N, seed=12)
-    off = after.deviation(target)
+    mean, cov = (getattr(target, k).mean.norm() for k in ("mean", "cov"))
     return {
         "remembered": kept,
         "E[r]": float(after.reward.mean),
         "target": float(target.reward.mean),
         "tilt": float(tilt.reward.mean),
         "E[r] off": abs(float(after.reward.mean - target.reward.mean)) / float(target.reward.mean),
-        "mean off": float(off["mean"].mean),
-        "cov off": float(off["cov"].mean),
-        "noise of mean": float(off["mean"].standard_error),
+        "mean off": float((after.mean.mean - target.mean.mean).norm() / mean),
+        "cov off": float((after.cov.mean - target.cov.mean).norm() / cov),
+        "noise of mean": float(after.mean.standard_error.norm() / mean),
         "errors below tilt": float(tilt.reward.mean - after.reward.mean) / float(after.reward.standard_error),
         "seconds": seconds,
     }

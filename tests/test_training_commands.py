@@ -11,8 +11,15 @@ import torch
 
 import sdesens.cli.training as commands
 from sdesens.cli import main
-from sdesens.errors import ArgumentError, ArgumentTypeError, CheckpointError, CheckpointWarning, HighVarianceWarning
-from sdesens.training import Batches, load_data, open_run, recipe, train
+from sdesens.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CheckpointError,
+    CheckpointWarning,
+    HighVarianceWarning,
+    NonFiniteError,
+)
+from sdesens.training import Batches, Samples, load_data, make_denoiser, make_report, open_run, recipe, score, train
 from sdesens.training.files import whole_file
 from sdesens.training.log import read_log
 from sdesens.training.steer_objective import LinearReward
@@ -82,13 +89,17 @@ def test_where_samples_go(say, tmp_path):
 def test_guidance_and_classes_that_the_model_has_not_learnt(say, tmp_path, labelled):
     for drop, words, message in (
         ("0.0", ("--guidance", "2"), "train with --drop-label above 0"),
-        ("1.0", ("--class", "1"), "it has never seen a label"),
+        ("1.0", ("--class", "1"), "or training hid them"),
     ):
         trained(tmp_path / drop, labelled, drop_label=float(drop))
         status, _, wrong = say("sample", drop, "-n", "4", *words)
         assert (status, message in wrong) == (2, True), wrong
         assert names(tmp_path / drop) == {"run.json", "log.jsonl", "checkpoints"}
     assert say("sample", "0.0", "-n", "4", "--class", "1")[0] == 0
+    hidden = open_run(tmp_path / "1.0")
+    assert hidden.form.classes == 0  # a model without classes, and its report and samples know none
+    assert "class hit rate" not in [s.name for s in make_report(hidden).scores]
+    assert say("sample", "1.0", "-n", "4")[0] == 0
 
 
 def test_samples_and_pictures_of_a_table_are_in_its_units(tmp_path, labelled, monkeypatch):
@@ -236,7 +247,7 @@ def test_rewards_of_the_users_own(say, tmp_path):
     (tmp_path / "mine.py").write_text(
         "calls = []\n"
         "def breaks(x): return x.no_such_name\n"
-        "def later(x):\n    calls.append(1)\n    return x[:, 0] / (len(calls) < 3)\n"
+        "def later(x):\n    calls.append(1)\n    return x[:, 0] / (len(calls) < 8)\n"  # six before the first round
         "def jumps(x): return (x[:, 0] > 0).to(x)\n"
         "def square(x): return -x.square().sum(1)\n"
     )
@@ -294,3 +305,84 @@ def test_one_class_of_labelled_data_is_steered(say, tmp_path, labelled):
     assert found["before"]["cov"]["mean"][1][1] > 1000
     tuned = torch.cat([v.flatten() for v in open_run(tmp_path / "run-steered").denoiser().weights.values()])
     assert bool(torch.isfinite(tuned).all())
+
+
+def test_an_offset_of_the_reward_costs_no_digits(tmp_path):
+    """A column far from 0, whose reward in float32 would be one number: moments and tuned weights are those of the column at 0."""
+    x, found = np.random.default_rng(1).normal(size=(60, 2)), []
+    for name, offset in (("near", 0.0), ("far", 1.7e9)):
+        np.save(tmp_path / f"{name}.npy", x + np.array([offset, 0.0]))
+        run = trained(tmp_path / name, tmp_path / f"{name}.npy")
+        found.append(steer_run(run, LinearReward([1.0, 0.0]), tmp_path / f"{name}-steered", **FEW))
+    near, far = found
+    for of in ("before", "after", "target"):
+        a, b = (getattr(f, of).reward for f in found)
+        # float64 of 1.7e9 is good to 2e-7, which the data's own scaling has seen too
+        assert float(b.mean - a.mean) == pytest.approx(1.7e9, abs=1e-4), of
+        assert float(b.standard_error) == pytest.approx(float(a.standard_error), rel=1e-3), of
+    assert float(near.target.reward.mean - near.before.reward.mean) > 0.3
+    for k, v in near.after.deviation(near.target).items():
+        assert float(far.after.deviation(far.target)[k].mean) == pytest.approx(float(v.mean), rel=1e-3), k
+
+
+@pytest.mark.parametrize("name", ["mixes", "random", "rarely"])
+def test_rewards_of_no_single_sample_are_refused(tmp_path, name):
+    def mixes(x):
+        return x[:, 0] - x[:, 0].mean()
+
+    def random(x):
+        return torch.rand(len(x))
+
+    def rarely(x):
+        return torch.where(x[:, 0] > x[:, 0].new_tensor(2.0), torch.nan, x[:, 0])
+
+    run, reward = trained(tmp_path / "run", "gmm8"), {"mixes": mixes, "random": random, "rarely": rarely}[name]
+    words = "infinite or NaN" if name == "rarely" else "may not depend on others, nor be random"
+    with pytest.raises((ArgumentError, NonFiniteError), match=words):
+        steer_run(run, reward, tmp_path / "out", **FEW)
+
+
+def test_a_model_steered_for_a_class_is_sampled_for_it(say, tmp_path, labelled):
+    trained(tmp_path / "run", labelled, drop_label=0.0)
+    status, said, wrong = say("steer", "run", "--reward", "linear:0.1,0", "--class", "1", *WORDS)
+    assert (status, "d/d guidance" in said) == (0, False), wrong  # which means nothing without hidden labels
+    assert say("sample", "run-steered", "-n", "4")[0] == 0
+    assert np.load(tmp_path / "run-steered" / "sample-heun.npz")["labels"].tolist() == [1, 1, 1, 1]
+    status, _, wrong = say("sample", "run-steered", "--class", "0")
+    assert (status, "was steered for class 1" in wrong) == (2, True), wrong
+
+
+def test_places_that_cannot_be(say, tmp_path):
+    trained(tmp_path / "run", "gmm8")
+    (tmp_path / "file").write_text("words")
+    for out in ("file/x", "n" * 300):
+        for words in (
+            ("train", "gmm8", "--steps", "1", "--out", out),
+            ("steer", "run", "--reward", "linear:1,0", *WORDS, "--out", out),
+            ("sample", "run", "--out", out),
+        ):
+            status, _, wrong = say(*words)
+            assert (status, wrong.startswith("sdesens: ")) == (2, True), wrong
+
+
+def test_levels_of_a_grid_are_those_of_all_rows(tmp_path):
+    x = np.random.default_rng(2).integers(0, 16, size=(60, 4, 4))
+    np.save(tmp_path / "x.npy", x)
+    held_out = load_data(str(tmp_path / "x.npy"))
+    row = int(np.abs(x - held_out.form.restore(held_out.test)[:1].numpy()).sum((1, 2)).argmin())
+    x[row, 0, 0] = 40  # the extreme is in a row that is held out
+    np.save(tmp_path / "x.npy", x)
+    run = trained(tmp_path / "run", tmp_path / "x.npy")
+    assert make_report(run)["test bits per dimension"].value > 0
+    data = load_data("moons")
+    denoiser, wrong = make_denoiser(small("moons"), data.form), Samples(data.test, data.test_labels + 9)
+    with pytest.raises(ArgumentError, match=r"labels 0 \.\.\. 1"):
+        score(denoiser, data, wrong)
+
+
+def test_images_have_variances_and_no_covariance(tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(3).normal(size=(40, 9, 9)))
+    run = trained(tmp_path / "run", tmp_path / "x.npy")
+    found = steer_run(run, lambda x: x.mean((1, 2)), tmp_path / "out", **FEW)
+    assert found.before.cov.mean.shape == found.target.cov.mean.shape == (81,)
+    assert 0 < float(found.after.deviation(found.target)["cov"].mean) < 1

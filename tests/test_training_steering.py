@@ -13,7 +13,14 @@ import torch
 from sdesens import sensitivity
 from sdesens.cli.training import _reward
 from sdesens.diffusion import EDM, VP, Denoiser, Gaussian, GaussianMixture, remembered
-from sdesens.errors import ArgumentError, ArgumentTypeError, MemoryWarning, NonFiniteError, ShapeError
+from sdesens.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    HighVarianceWarning,
+    MemoryWarning,
+    NonFiniteError,
+    ShapeError,
+)
 from sdesens.training import load_best, load_data, make_network, open_run, recipe, train
 from sdesens.training.steer import METHODS, steer
 from sdesens.training.steer_objective import LinearReward, Sampling, objective_problem, steering_grid
@@ -167,8 +174,10 @@ def test_samples_by_weights_have_the_tilted_law():
     noise = torch.hypot(few.mean.standard_error, found.mean.standard_error)
     assert bool(((few.mean.mean - exact.mean.mean).abs() < 4 * noise).all())
     assert abs(float(reward(x).mean() - exact.reward.mean)) > 50 * float(found.reward.standard_error)  # and without
-    with pytest.raises(ArgumentError, match="`n`"):
-        reweighted(x[:3], reward)
+    with pytest.warns(HighVarianceWarning, match="take a smaller reward"):
+        reweighted(x, LinearReward([40.0, 0.0]))
+    with pytest.raises(NonFiniteError, match=r"for 1 of 40000 samples, the first is sample 7"):
+        reweighted(x, lambda x: torch.where(torch.arange(len(x)) == 7, torch.nan, x[:, 0]))
 
 
 def test_derivatives_of_guidance_are_their_formula():

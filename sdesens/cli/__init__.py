@@ -58,7 +58,7 @@ def main() -> None:
         app()
     except NonFiniteError as error:
         sys.exit(_complain(error, 1))
-    except SdesensError as error:
+    except (SdesensError, OSError) as error:  # the latter of names that no file can have, folders that refuse
         sys.exit(_complain(error, 2))
     finally:
         warnings.formatwarning = usual

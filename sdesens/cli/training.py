@@ -127,10 +127,15 @@ def sample(
     where = _stem(run / f"sample-{sampler}" if out is None else out)
     require_matplotlib()
     _check_class(found.form, label, guidance)
+    if found.steered and found.form.classes:
+        only = found.steered["label"]
+        if label not in (None, only) or guidance != 1.0:
+            raise ArgumentError(
+                f"{str(run)!r} was steered for class {only} without guidance: leave `--class` and `--guidance` out."
+            )
+        label = only
     if not found.config.drop_label and guidance != 1.0:
         raise ArgumentError("`--guidance` needs a model that has seen hidden labels: train with --drop-label above 0.")
-    if found.config.drop_label == 1.0 and label is not None:
-        raise ArgumentError("`--class` means nothing to this model: with --drop-label 1 it has never seen a label.")
     denoiser = found.denoiser(which=checkpoint, device=choose_device(device))  # type: ignore[arg-type]
     samples = draw_samples(
         denoiser, found.form, n, sampler=sampler, steps=steps, label=label, guidance=guidance, eta=eta, seed=seed
@@ -144,7 +149,9 @@ def sample(
 
 def _check_class(form: Form, label: int | None, guidance: float = 1.0) -> None:
     if not form.classes and (label is not None or guidance != 1.0):
-        raise ArgumentError("`--class` and `--guidance` are for a model with classes: its data had no labels.")
+        raise ArgumentError(
+            "`--class` and `--guidance` are for a model with classes: its data had no labels, or training hid them."
+        )
     if label is not None and not 0 <= label < form.classes:
         raise ArgumentError(f"`--class` must be a class of the data, 0 ... {form.classes - 1}, got {label}.")
 

@@ -103,6 +103,8 @@ class Batches:
 
     def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
         """For each step first ... last - 1, the rank's `accumulate` pieces."""
+        if not 0 <= first <= last:
+            raise ArgumentError(f"steps run from `first` up to `last`, got {first} and {last}.")
         pieces = self.config.accumulate
         b = self.config.batch // (self.size * pieces)
         numbers = b * pieces * self.data.train[0].numel()

@@ -5,7 +5,7 @@ noise schedules are made for data of order 1; `Form.restore` undoes it. The buil
 """
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from sdesens.diffusion.oracles import GaussianMixture
 from sdesens.errors import ArgumentError, DtypeError, ShapeError
 from sdesens.noise import Philox
+from sdesens.training.config import TrainConfig
 
 BUILT_IN = ("gmm8", "moons", "digits")
 FEWEST_ROWS = 30  # a tenth is for tests, and the distances of scores want three
@@ -36,7 +37,7 @@ class Form:
     sigma_data : float
         Root mean square of the entries' standard deviations, of the training rows.
     low, high : float
-        Extremes of the training rows.
+        Extremes of the training rows; of all rows for data on a grid, whose levels they bound.
     fingerprint : str
         Changes with the data.
     shift, scale : tuple of float
@@ -60,8 +61,8 @@ class Form:
         """Samples (B, *event) in the data's own units, float64 unless the units are x's own."""
         if self.shift == (0.0,) and self.scale == (1.0,):
             return x
-        wide = x.double().cpu()
-        return torch.tensor(self.shift, dtype=torch.float64) + torch.tensor(self.scale, dtype=torch.float64) * wide
+        shift, scale = (torch.tensor(v, dtype=torch.float64, device=x.device) for v in (self.shift, self.scale))
+        return shift + scale * x.double()
 
     def to_json(self) -> dict[str, Any]:
         """A dict for JSON."""
@@ -115,6 +116,14 @@ def load_data(name: str) -> Data:
     if path.suffix not in (".npy", ".npz"):
         raise ArgumentError(f"`data` must be {', '.join(BUILT_IN)}, FILE.npy or FILE.npz, got {name!r}.")
     return _from_arrays(str(path.name), *_read(path))
+
+
+def data_of(config: TrainConfig) -> Data:
+    """What a configuration is trained on: its data, without labels if it hides them all."""
+    data = load_data(config.data)
+    if config.drop_label < 1:
+        return data
+    return replace(data, form=replace(data.form, classes=0), labels=None, test_labels=None)
 
 
 def law_of(name: str) -> GaussianMixture | None:
@@ -251,11 +260,10 @@ def _split(name: str, x: np.ndarray, labels: np.ndarray | None, *, n_test: int, 
             f"{name}: no row of class {', '.join(map(str, sorted(lost)))} is left to train on, as a tenth of the rows is held out: give each class "
             "more rows, or leave it out."
         )
+    seen = rows if form.get("cell") else train
     fingerprint = _fingerprint(x, np.zeros(0) if labels is None else labels)
     return Data(
-        Form(
-            name, tuple(x.shape[1:]), classes, sigma_data, float(train.min()), float(train.max()), fingerprint, **form
-        ),
+        Form(name, tuple(x.shape[1:]), classes, sigma_data, float(seen.min()), float(seen.max()), fingerprint, **form),
         train,
         test,
         None if labels_of is None else labels_of[order[n_test:]],

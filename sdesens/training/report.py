@@ -5,7 +5,7 @@ import json
 from rich.table import Column, Table
 
 from sdesens.errors import ArgumentError
-from sdesens.training.data import Data, load_data
+from sdesens.training.data import Data, data_of
 from sdesens.training.files import whole_file
 from sdesens.training.floors import training_floors
 from sdesens.training.log import read_log
@@ -39,7 +39,7 @@ def make_report(run: Run, data: Data | None = None, *, seed: int = 1, likelihood
         raise ArgumentError(
             f"{str(run.path)!r} was steered away from its data, which its samples would be judged by: steer.json has its report."
         )
-    data = load_data(run.config.data) if data is None else data
+    data = data_of(run.config) if data is None else data
     if data.form != run.form:
         raise ArgumentError(f"{run.config.data!r} is not what {str(run.path)!r} was trained on: its rows have changed.")
     denoiser = run.denoiser()

@@ -126,9 +126,13 @@ def claimed(run: Run) -> Iterator[None]:
     CheckpointError
         For a directory of another run, of something else, or one that another process holds.
     """
-    _refuse(run)  # before anything is put into the directory
-    run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / LOCK).open("a") as file:
+    try:
+        _refuse(run)  # before anything is put into the directory
+        run.path.mkdir(parents=True, exist_ok=True)
+        held = (run.path / LOCK).open("a")
+    except OSError as error:
+        raise ArgumentError(f"{str(run.path)!r} cannot be a run's directory ({error}): give another.") from error
+    with held as file:
         if os.name == "posix":  # Windows has no flock: there nothing is held
             import fcntl
 

@@ -28,6 +28,7 @@ from sdesens.diffusion.preserving import VP
 from sdesens.diffusion.schedule import Schedule
 from sdesens.diffusion.schedules import EDM
 from sdesens.diffusion.weights import simple_weight
+from sdesens.errors import ArgumentError
 from sdesens.training.classifier import fit_classifier
 from sdesens.training.data import Data
 from sdesens.training.floors import floors
@@ -96,6 +97,14 @@ def score(denoiser: Denoiser, data: Data, samples: Samples, *, likelihood: bool 
     """
     x = samples.x
     whole("n", len(x), FEWEST, hint="it is the number of samples")
+    if (
+        samples.labels is not None
+        and data.form.classes
+        and not bool(((samples.labels >= 0) & (samples.labels < data.form.classes)).all())
+    ):
+        raise ArgumentError(
+            f"`samples` must have labels 0 ... {data.form.classes - 1}, got {int(samples.labels.min())} ... {int(samples.labels.max())}."
+        )
     if data.form.cell:
         x = x.clamp(data.form.low, data.form.high)
     scores = [*_distances(x, data), *_of_law(x, data), *_of_classes(x, samples.labels, data), *_of_rows(x, data)]

@@ -48,6 +48,7 @@ from sdesens.training.steer_objective import (
 
 STEERING = 0x64736DE0  # the stream of this file's noise, away from those of `sdesens.diffusion.streams`
 WATCHED = 8_000  # paths whose tail is looked at
+PILOT = 64  # paths of the first block, which no round has
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,17 @@ class Round:
     objective: float
 
 
+@dataclass(frozen=True)
+class Centred:
+    """A reward less a number near its mean, in the dtype of the samples: an offset would cost them their digits."""
+
+    reward: Reward
+    centre: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (rewarded(self.reward, x) - self.centre).to(x.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Task:
     """What a method is given: the model that is tuned, its base, and how samples are made and rewarded."""
@@ -75,7 +87,7 @@ class Task:
     tuned: Denoiser
     base: Denoiser
     sampling: Sampling
-    reward: Reward
+    reward: Centred
     noise: Noise
 
     @property
@@ -93,7 +105,7 @@ def gradient(task: Task, n: int, first_path: int) -> Found:
     """Equation (4) of `steer_objective.py`, b being the mean of the other paths."""
     xs = task.sampling.path(task.tuned, n, task.noise, first_path)
     with torch.no_grad():
-        rewards = rewarded(task.reward, xs[-1])
+        rewards = task.reward(xs[-1])
     w, U = task.objective.controls(xs, task.tuned)
     seen = U.detach()
     value = rewards - log_ratio(w, seen)
@@ -115,7 +127,7 @@ def pathwise(task: Task, n: int, first_path: int) -> Found:
         slope = -n * found.gradient[NET + name].mean.to(weight)
         weight.grad = slope if weight.grad is None else weight.grad + slope
     value = found.value.mean.expand(n)
-    rewards = rewarded(task.reward, task.sampling.draw(task.tuned, n, task.noise, first_path))
+    rewards = task.reward(task.sampling.draw(task.tuned, n, task.noise, first_path))
     return rewards, value, None
 
 
@@ -127,7 +139,7 @@ def adjoint_matching(task: Task, n: int, first_path: int) -> Found:
     losses = matching_loss(task.tuned, task.base, xs, adjoint, grid, eta=eta)
     losses.sum().backward()
     with torch.no_grad():
-        return rewarded(task.reward, xs[-1]), None, losses.detach().sqrt()
+        return task.reward(xs[-1]), None, losses.detach().sqrt()
 
 
 METHODS: dict[str, Method] = {"gradient": gradient, "pathwise": pathwise, "adjoint_matching": adjoint_matching}
@@ -198,14 +210,18 @@ def steer(
     >>> tuned
     Denoiser(ResidualMLP of ... parameters, EDM(sigma_max=80), sigma_data=1)
     """
-    check_steering(denoiser, method, steps, batch, lr, accumulate)
+    check_steering(denoiser, reward, method, steps, batch, lr, accumulate)
     _warn_of_memory(denoiser, sampling, data_std)
     net, frozen = deepcopy(denoiser.net), deepcopy(denoiser.net)
     assert isinstance(net, nn.Module)  # `_check` has seen to it
     assert isinstance(frozen, nn.Module)
     net.requires_grad_(True)
     base = replace(denoiser, net=frozen.requires_grad_(False))
-    task = Task(replace(denoiser, net=net), base, sampling, reward, Philox(seed, STEERING))
+    noise = Philox(seed, STEERING)
+    centre = float(rewarded(reward, sampling.draw(base, PILOT, noise)).mean())
+    task = Task(
+        replace(denoiser, net=net), base, sampling, Centred(reward, centre if math.isfinite(centre) else 0.0), noise
+    )
     optimiser = torch.optim.Adam(net.parameters(), lr=lr)
     watched: list[Tensor] = []
     for step in range(steps):
@@ -234,11 +250,15 @@ def _round(task: Task, method: Method, step: int, batch: int, accumulate: int, w
             f"a reward, or the gradient, is infinite or NaN in round {step}: look at `reward` there, or lower `lr`.",
             step=step,
         )
-    return Round(step, float(rewards.mean()), float(torch.cat(values).mean()) if values else math.nan)
+    centre = task.reward.centre
+    mean = float(torch.cat(values).mean()) + centre if values else math.nan
+    return Round(step, float(rewards.mean()) + centre, mean)
 
 
-def check_steering(denoiser, method, steps, batch, lr, accumulate=1) -> None:
+def check_steering(denoiser, reward, method, steps, batch, lr, accumulate=1) -> None:
     """Raise unless `steer` can do it."""
+    if not callable(reward):
+        raise ArgumentTypeError(f"`reward` must be a function x (B, *event) -> (B,), got {type(reward).__name__}.")
     if not isinstance(denoiser, Denoiser) or not isinstance(denoiser.net, nn.Module):
         raise ArgumentTypeError(
             f"`denoiser` must be a Denoiser around an nn.Module, whose weights are tuned, got {denoiser!r:.60}: a function has none."

@@ -206,7 +206,7 @@ class Objective:
     def __call__(self, ys: Tensor, p: Params) -> Tensor:
         xs = ys[1:]  # ys[0] is before the start's noise
         w, U = self.controls(xs, self.held)
-        return rewarded(self.reward, xs[-1]) - log_ratio(w, U)
+        return rewarded(self.reward, xs[-1]).to(xs.dtype) - log_ratio(w, U)
 
     def controls(self, xs: Tensor, tuned: Predictor) -> tuple[Tensor, Tensor]:
         """w and U of equation (1), each (N, B, *event), of states xs (N + 1, B, *event); all steps are one batch."""
@@ -280,8 +280,8 @@ def weight_of(denoiser: Predictor) -> Tensor:
 
 
 def rewarded(reward: Reward, x: Tensor) -> Tensor:
-    """r(x), (B,), in the dtype of x; raise ShapeError for anything else than one number a sample."""
+    """r(x), (B,), float64 on the device of x; raise ShapeError for anything else than one number a sample."""
     value = reward(x.clone())  # one that writes into its argument does not change the path
     if not isinstance(value, Tensor) or value.shape != x.shape[:1] or value.is_complex():
         raise ShapeError(f"`reward` must return one real number a sample, shape ({len(x)},), got {describe(value)}.")
-    return value.to(x.dtype)
+    return value.to(x.device, torch.float64)

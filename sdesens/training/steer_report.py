@@ -19,7 +19,7 @@ Reference: C. Domingo-Enrich et al., 2409.08861, section 4, for (1).
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,14 +30,14 @@ from sdesens.diffusion.checks import whole
 from sdesens.diffusion.oracles import Gaussian, GaussianMixture
 from sdesens.diffusion.predict import NET, Predictor
 from sdesens.diffusion.sensitivity import sampler_problem
-from sdesens.errors import ArgumentTypeError, HighVarianceWarning
+from sdesens.errors import ArgumentTypeError, HighVarianceWarning, NonFiniteError
 from sdesens.estimate import Estimate, Moments, total
 from sdesens.montecarlo import Sensitivity, sensitivity
 from sdesens.noise import Philox
 from sdesens.training.steer_objective import LinearReward, Reward, Sampling, rewarded
 
-FEWEST = 10  # effective samples a start, or a group
-GROUP = 400  # samples of a group of `reweighted`
+FEWEST, FEWEST_OF_ALL = 30, 100  # effective samples a start, and in all
+MOST_WITH_COV = 64  # dimensions of which the whole covariance is kept
 AT_ONCE = 2**22  # numbers of samples, or of their squares, worked on together
 STARTS = 0x64736DF0  # the stream of the starts of `predicted`
 
@@ -51,19 +51,32 @@ class Steered:
     reward : Estimate, 0-dim
     mean : Estimate, shape (d,)
     cov : Estimate, shape (d, d)
-        Of the flattened samples. Its standard error leaves out that the mean is estimated too, a share of order 1/n.
+        Of the flattened samples; their variances alone, (d,), if d is above 64. Its standard error leaves out that the mean is estimated too,
+        a share of order 1/n.
     """
 
     reward: Estimate
     mean: Estimate
     cov: Estimate
 
+    @property
+    def variance(self) -> Estimate:
+        """Of each entry, (d,)."""
+        if self.cov.mean.dim() == 1:
+            return self.cov
+        return replace(self.cov, mean=self.cov.mean.diagonal(), standard_error=self.cov.standard_error.diagonal())
+
     def deviation(self, exact: "Steered") -> dict[str, Estimate]:
-        """Distance of the mean and of the covariance from others, as a share of their norms, and of the reward as it is."""
+        """How far from others, whatever the units: the reward as it is; the mean in their standard deviations, root mean square over
+        entries; the covariance in products of their standard deviations, as a share of their correlation matrix's norm."""
+        std = exact.variance.mean.sqrt()
+        per = torch.where(std > 0, 1 / std, 0)
+        both = torch.outer(per, per) if exact.cov.mean.dim() == 2 else per.square()
+        norm = float((both * exact.cov.mean).norm())
         return {
-            "reward": _between(self.reward, exact.reward, 1.0),
-            "mean": _between(self.mean, exact.mean, float(exact.mean.mean.norm())),
-            "cov": _between(self.cov, exact.cov, float(exact.cov.mean.norm())),
+            "reward": _between(self.reward, exact.reward, torch.ones(())),
+            "mean": _between(self.mean, exact.mean, per / math.sqrt(len(per))),
+            "cov": _between(self.cov, exact.cov, both / norm),
         }
 
     def to_dict(self) -> dict:
@@ -71,12 +84,11 @@ class Steered:
         return {"reward": self.reward.to_dict(), "mean": self.mean.to_dict(), "cov": self.cov.to_dict()}
 
 
-def _between(a: Estimate, b: Estimate, norm: float) -> Estimate:
-    """|a - b| / norm, with the root mean square of what sampling alone would make of it as its standard error."""
-    noise = (a.standard_error.square() + b.standard_error.square()).sum().sqrt()
-    return Estimate(
-        (a.mean - b.mean).norm() / norm, noise / norm, max(a.n, b.n), min((e.dof for e in (a, b) if e.n), default=1)
-    )
+def _between(a: Estimate, b: Estimate, weight: Tensor) -> Estimate:
+    """Norm of weight (a - b), with the root mean square of what sampling alone would make of it as its standard error."""
+    noise = (weight.square() * (a.standard_error.square() + b.standard_error.square())).sum().sqrt()
+    dof = min((e.dof for e in (a, b) if e.n), default=1)
+    return Estimate((weight * (a.mean - b.mean)).norm(), noise, max(a.n, b.n), dof)
 
 
 def moments(denoiser: Predictor, sampling: Sampling, reward: Reward, *, n: int = 20_000, seed: int = 0) -> Steered:
@@ -115,13 +127,19 @@ def many(denoiser: Predictor, sampling: Sampling, n: int, seed: int = 0) -> Tens
 def moments_of(x: Tensor, reward: Reward) -> Steered:
     """Moments of samples x (n, *event)."""
     one = torch.ones(1, dtype=torch.float64, device=x.device)
-    return _weighted(rewarded(reward, x).double()[:, None], x.flatten(1).double()[:, None], one.expand(len(x), 1))
+    return _weighted(_finite(rewarded(reward, x))[:, None], x.flatten(1).double()[:, None], one.expand(len(x), 1))
 
 
 def reweighted(x: Tensor, reward: Reward) -> Steered:
-    """Moments of p e^r from samples x (n, *event) of p, weighted by e^r in groups of some hundreds, equation (2) with a group for a start.
+    """Moments of p e^r from samples x (n, *event) of p, weighted by v ~ e^r of sum 1.
 
-    Standard errors come from the spread over groups, at least 2 of them; rows that fill no group are left out.
+    The bias is of order 1/M, M = 1/sum v^2 being the effective number of samples; the standard error of a mean m of f is
+    sqrt(sum v^2 (f - m)^2) (J. Liu, Monte Carlo Strategies in Scientific Computing, 2001, section 2.5).
+
+    Warns
+    -----
+    HighVarianceWarning
+        If M is below 100, or a quarter of n.
 
     Example
     -------
@@ -129,17 +147,49 @@ def reweighted(x: Tensor, reward: Reward) -> Steered:
     >>> bool((found.mean.mean - 1).abs() < 0.1)  # that of N(1, 1)
     True
     """
-    each = max(2, min(GROUP, len(x) // 8))
-    whole("n", len(x), 2 * each, hint="it is a number of samples")
-    x = x[: len(x) // each * each]
-    rewards = rewarded(reward, x).double().reshape(-1, 1, each)
-    v = _weights(rewards, "group")
-    return _weighted(rewards.flatten(1), x.flatten(1).double().unflatten(0, (-1, each)), v.flatten(1))
+    rewards = _finite(rewarded(reward, x))
+    v = torch.softmax(rewards, 0)
+    if (count := float(1 / v.square().sum())) < min(FEWEST_OF_ALL, len(x) / 4):
+        _warn_of_few(count, f"{len(x)} samples")
+    rows = x.flatten(1).double()
+    mean = v @ rows
+    off = rows - mean
+    reward_of, mean_of = _pooled(v, rewards), _pooled(v, rows)
+    if rows.shape[1] > MOST_WITH_COV:
+        return Steered(reward_of, mean_of, _pooled(v, off.square()))
+    w, cov = v.square()[:, None], (v[:, None] * off).mT @ off
+    second = (w * off.square()).mT @ off.square() - 2 * cov * ((w * off).mT @ off) + cov.square() * w.sum()
+    return Steered(reward_of, mean_of, Estimate(cov.cpu(), second.clamp(min=0).sqrt().cpu(), len(x), len(x) - 1))
+
+
+def _pooled(v: Tensor, f: Tensor) -> Estimate:
+    """The mean of f (n, ...) by weights v (n,) of sum 1."""
+    mean = torch.tensordot(v, f, 1)
+    error = torch.tensordot(v.square(), (f - mean).square(), 1).sqrt()
+    return Estimate(mean.cpu(), error.cpu(), len(v), len(v) - 1)
+
+
+def _finite(rewards: Tensor) -> Tensor:
+    bad = (~torch.isfinite(rewards)).nonzero().flatten().tolist()
+    if bad:
+        raise NonFiniteError(
+            f"`reward` is infinite or NaN for {len(bad)} of {len(rewards)} samples, the first is sample {bad[0]}: look at it there.",
+            paths=tuple(bad[:5]),
+        )
+    return rewards
+
+
+def _warn_of_few(count: float, of: str) -> None:
+    warnings.warn(
+        f"the target rests on {count:.1f} of {of}, and its error bars say too little: take a smaller reward.",
+        HighVarianceWarning,
+        stacklevel=4,
+    )
 
 
 def picked(x: Tensor, reward: Reward, n: int) -> Tensor:
     """n of the samples x, in proportion to e^r: those at equal distances along the sum of their weights (systematic resampling)."""
-    ends = torch.softmax(rewarded(reward, x).double(), 0).cumsum(0)
+    ends = torch.softmax(rewarded(reward, x), 0).cumsum(0)
     places = (torch.arange(n, dtype=torch.float64, device=x.device) + 0.5) / n * ends[-1]
     return x[torch.searchsorted(ends, places)]
 
@@ -176,22 +226,12 @@ def predicted(
     starts = torch.stack((starts, -starts), 1).flatten(0, 1).repeat_interleave(n_each, 0)
     size = max(1, AT_ONCE // (256 * math.prod(sampling.event)))
     x = torch.cat([sampling.go_on(base, starts[k : k + size], noise, k) for k in range(0, len(starts), size)])
-    rewards = rewarded(reward, x).double().reshape(n_starts, 2, n_each)
-    v = _weights(rewards, "start")
-    return _weighted(rewards.flatten(1), x.flatten(1).double().unflatten(0, (n_starts, 2 * n_each)), v.flatten(1))
-
-
-def _weights(rewards: Tensor, unit: str) -> Tensor:
-    """Equation (2) along the last dimension of rewards (units, parts, each), with a mean over the parts."""
-    each = rewards.shape[2]
+    rewards = _finite(rewarded(reward, x)).reshape(n_starts, 2, n_each)
     v = torch.softmax(rewards, 2)
-    if (count := float((1 / v.square().sum(2)).median())) < min(FEWEST, each / 4):
-        warnings.warn(
-            f"the target rests on {count:.1f} of {each} samples a {unit}, and its error bars say too little: take a smaller reward.",
-            HighVarianceWarning,
-            stacklevel=3,
-        )
-    return (v + v.square() - v * v.square().sum(2, keepdim=True)) / rewards.shape[1]
+    if (count := float((1 / v.square().sum(2)).median())) < min(FEWEST, n_each / 4):
+        _warn_of_few(count, f"{n_each} samples a start")
+    v = (v + v.square() - v * v.square().sum(2, keepdim=True)) / 2
+    return _weighted(rewards.flatten(1), x.flatten(1).double().unflatten(0, (n_starts, 2 * n_each)), v.flatten(1))
 
 
 def tilted(law: Gaussian | GaussianMixture, reward: LinearReward) -> Steered:
@@ -218,6 +258,12 @@ def _weighted(rewards: Tensor, x: Tensor, v: Tensor) -> Steered:
     """Moments of units of weighted samples: rewards and weights v (units, each), x (units, each, d)."""
     mean = torch.einsum("ue,ued->ud", v, x)
     off = x - mean.mean(0)
+    if x.shape[2] > MOST_WITH_COV:
+        return Steered(
+            _estimate([(v * rewards).sum(1)]),
+            _estimate([mean]),
+            _estimate([torch.einsum("ue,ued->ud", v, off.square())]),
+        )
     size = max(1, AT_ONCE // x.shape[2] ** 2)
     squares = (
         torch.einsum("ue,ued,uef->udf", v[k : k + size], off[k : k + size], off[k : k + size])

@@ -43,7 +43,7 @@ from sdesens.training.steer_report import (
 
 FINE = 4  # the grid of evaluation has so many steps for one of tuning
 SHOWN = 2000
-STARTS = 250  # pairs, where the start is remembered
+STARTS, EACH = 125, 256  # pairs and samples of each, where the start is remembered
 FEW = 4  # dimensions of which the table has each
 
 
@@ -93,12 +93,14 @@ class Outcome:
         d = len(self.target.mean.mean)
         for i in range(d if d <= FEW else 0):
             found.add_row(f"mean of x[{i}]", *(_shown(s.mean, i) for s in rows))
-            found.add_row(f"variance of x[{i}]", *(_shown(s.cov, (i, i)) for s in rows))
+            found.add_row(f"variance of x[{i}]", *(_shown(s.variance, i) for s in rows))
         far, off = (s.deviation(self.target) for s in (self.before, self.after))
-        for name, k in (("mean", "mean"), ("covariance", "cov")):
+        for name, k in (
+            ("mean: off the target's, in its standard deviations", "mean"),
+            ("covariance: off the target's, by its size", "cov"),
+        ):
             cells = (f"{100 * float(v[k].mean):.1f} %" for v in (far, off))
-            noise = f"sampling alone: {100 * float(off[k].standard_error):.1f} %"
-            found.add_row(f"{name}: distance from the target's, by its size", *cells, noise)
+            found.add_row(name, *cells, f"sampling alone: {100 * float(off[k].standard_error):.1f} %")
         return found
 
 
@@ -155,16 +157,17 @@ def steer_run(
     whole("rounds", rounds)
     whole("steps", steps, 2, hint="the sampler's last step goes to 0")
     base, std = _one_class(run, label, device), run.form.sigma_data
-    check_steering(base, method, rounds, batch, lr)
+    check_steering(base, reward, method, rounds, batch, lr)
     law = None if run.steered else law_of(run.config.data)  # a steered model's own is not known exactly
     grids = (steering_grid(base.schedule, k, data_std=std) for k in (steps, FINE * steps))
     tuning, judging = (Sampling(grid, run.form.event, eta) for grid in grids)
     forgets = remembered(base.schedule, eta, data_std=std) <= REMEMBERED
     known = (law, reward) if law is not None and isinstance(reward, LinearReward) and forgets else None
     seen = reward if known else InUnits(reward, run.form)
-    rewarded(seen, tuning.draw(base, 4, Philox(seed)))  # one that cannot be used is heard of before anything is done
+    _try(seen, tuning.draw(base, 4, Philox(seed)))  # before anything is done
     told = {"method": method, "rounds": rounds, "batch": batch, "lr": lr, "eta": eta, "steps": steps, "label": label, "seed": seed}  # fmt: skip
     new = Run(out, run.config, run.form, {"from": str(run.path), "reward": named or _name(reward), **told})
+    one, two, three = ((seed + k) % 2**64 for k in (1, 2, 3))
     with claimed(new):
         try:
             tuned = steer(base, tuning, seen, method=method, steps=rounds, batch=batch, lr=lr, seed=seed, data_std=std, callback=callback)  # fmt: skip
@@ -176,19 +179,20 @@ def steer_run(
         weights = tuned.net.state_dict()
         save_checkpoint(new.checkpoints, Snapshot(rounds, weights, weights, {}, new.meta))
         say("samples before and after")
-        drawn = {name: many(m, judging, n, seed + 1) for name, m in (("before", base), ("steered", tuned))}
+        drawn = {name: many(m, judging, n, one) for name, m in (("before", base), ("steered", tuned))}
         before, after = (moments_of(x, seen) for x in drawn.values())
         if known:
-            target, drawn["target"] = tilted(*known), known[0].tilt(known[1].slopes).sample(SHOWN, seed=seed + 3)
+            target, drawn["target"] = tilted(*known), known[0].tilt(known[1].slopes).sample(SHOWN, seed=one)
         elif forgets:
             target, drawn["target"] = reweighted(drawn["before"], seen), picked(drawn["before"], seen, SHOWN)
         else:
             say("the target, which depends on the start")
-            target = predicted(base, judging, seen, n_starts=STARTS, seed=seed + 2)
+            target = predicted(base, judging, seen, n_starts=STARTS, n_each=EACH, seed=two)
         save_comparison({k: x[:SHOWN].cpu() for k, x in drawn.items()}, run.form, out / "steer.png")
         say("derivatives of the mean reward")
-        model: Predictor = base if label is None else guide(base, 1.0, torch.tensor(label, device=device))
-        slopes = _derivatives(model, judging, seen, min(n, 4000), seed + 4)
+        guided = label is not None and run.config.drop_label > 0
+        model: Predictor = guide(base, 1.0, torch.tensor(label, device=device)) if guided else base
+        slopes = _derivatives(model, judging, seen, min(n, 4000), three)
         before, after, target = (_in_units(s, run.form) for s in (before, after, target))
         found = Outcome(before, after, target, known is not None, slopes)
         with whole_file(out / "steer.json") as part:
@@ -200,7 +204,7 @@ def _in_units(s: Steered, form: Form) -> Steered:
     """Moments in the data's own units; rewards are of them already."""
     shift, scale = (torch.tensor(v, dtype=torch.float64).expand_as(s.mean.mean) for v in (form.shift, form.scale))
     mean = replace(s.mean, mean=shift + scale * s.mean.mean, standard_error=scale * s.mean.standard_error)
-    both = torch.outer(scale, scale)
+    both = torch.outer(scale, scale) if s.cov.mean.dim() == 2 else scale.square()
     cov = replace(s.cov, mean=both * s.cov.mean, standard_error=both * s.cov.standard_error)
     return Steered(s.reward, mean, cov)
 
@@ -211,6 +215,18 @@ def _derivatives(model: Predictor, sampling: Sampling, reward: Reward, n: int, s
     except (SdesensError, RuntimeError) as error:  # of a reward that jumps, is constant or uses numpy
         warnings.warn(f"no derivatives of the mean reward: {error}", UserWarning, stacklevel=3)
         return None
+
+
+def _try(reward: Reward, x: Tensor) -> None:
+    """Raise unless the reward of each of a few samples is its own, and one number."""
+    together = rewarded(reward, x)
+    alone = torch.cat([rewarded(reward, row) for row in x.split(1)])
+    spread = (together - together.mean()).abs().max() + 1e-3 * together.abs().max()
+    if bool(((together - alone).abs() > 1e-3 * spread).any()):
+        raise ArgumentError(
+            f"`reward` gives {alone.tolist()} for samples one by one and {together.tolist()} for the same together: the reward of a sample may "
+            "not depend on others, nor be random."
+        )
 
 
 def _name(reward: Reward) -> str:

@@ -10,10 +10,10 @@ import torch
 from tqdm import tqdm
 
 from sdesens.diffusion.predict import Denoiser
-from sdesens.errors import ArgumentError
+from sdesens.errors import ArgumentError, ArgumentTypeError
 from sdesens.training.checkpoint import load_checkpoint, load_latest, save_checkpoint, tidy
 from sdesens.training.config import TrainConfig
-from sdesens.training.data import Data, load_data
+from sdesens.training.data import Data, data_of
 from sdesens.training.floors import training_floors
 from sdesens.training.log import Log
 from sdesens.training.ranks import join
@@ -68,7 +68,11 @@ def train(
     ...     run.denoiser()
     Denoiser(ResidualMLP of ... parameters, EDM(sigma_max=80), sigma_data=1.4...)
     """
-    data = load_data(config.data)
+    if not isinstance(config, TrainConfig):
+        raise ArgumentTypeError(
+            f"`config` must be a TrainConfig, got {type(config).__name__}: recipe('gmm8', steps=100) is one."
+        )
+    data = data_of(config)
     run = Run(Path(path), config, data.form)
     with join(device) as ranks, same_convolutions(), ExitStack() as held:
         trainer = Trainer(config, data, ranks)
