@@ -50,6 +50,7 @@ def labelled(tmp_path):
 def say(tmp_path, monkeypatch, capsys):
     """Give a command, in a folder of its own; its exit status, output and complaints."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
 
     def command(*words):
         monkeypatch.setattr("sys.argv", ["sdesens", *words])
