@@ -13,6 +13,7 @@ from sdesens.errors import (
 )
 from sdesens.estimate import Estimate
 from sdesens.estimators import expectation_gradient
+from sdesens.fit import Fit, fit_transitions
 from sdesens.hessian import Hessian, hessian
 from sdesens.integrate import sdeint
 from sdesens.montecarlo import Sensitivity, merge, sensitivity
@@ -35,6 +36,7 @@ __all__ = [
     "Coarsened",
     "CrossCheck",
     "Estimate",
+    "Fit",
     "GivenNoise",
     "HeavyTailWarning",
     "Hessian",
@@ -55,6 +57,7 @@ __all__ = [
     "correlated_noise",
     "crosscheck",
     "expectation_gradient",
+    "fit_transitions",
     "hessian",
     "merge",
     "sdeint",

@@ -36,8 +36,15 @@ MAY_IMPORT["verdict"] = MAY_IMPORT["montecarlo"] | {"montecarlo", "refinement"}
 MAY_IMPORT["crosscheck"] = MAY_IMPORT["verdict"] | {"verdict", "memory", "tables"}
 MAY_IMPORT["diffusion"] = MAY_IMPORT["hessian"] | {"modules"}
 MAY_IMPORT["training"] = MAY_IMPORT["diffusion"] | {"diffusion"}
-MAY_IMPORT["examples"] = MAY_IMPORT["crosscheck"] | {"estimators"}
-MAY_IMPORT["plot"] = MAY_IMPORT["crosscheck"] | {"estimators"}
+MAY_IMPORT["roughness"] = {"errors", "estimate", "tensors", "tables"}
+MAY_IMPORT["family"] = {"errors", "noise", "integrate", "problem"}
+MAY_IMPORT["fit"] = {"errors", "tensors", "noise", "sde", "integrate"}
+MAY_IMPORT["examples"] = MAY_IMPORT["crosscheck"] | {"estimators", "fit", "models"}
+MAY_IMPORT["plot"] = (
+    MAY_IMPORT["crosscheck"]
+    | MAY_IMPORT["diffusion"]
+    | {"diffusion", "estimators", "crosscheck", "roughness", "family", "fit"}
+)
 MAY_IMPORT["cli"] = MAY_IMPORT["plot"] | MAY_IMPORT["training"] | {"crosscheck", "plot", "models", "training"}
 MAY_IMPORT["__main__"] = {"cli"}
 

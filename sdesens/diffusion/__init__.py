@@ -11,6 +11,7 @@ from sdesens.diffusion.likelihood import LogProb, log_prob
 from sdesens.diffusion.losses import dsm_loss, prior_term, step_cost, vlb
 from sdesens.diffusion.metrics import frechet, mmd2, mode_coverage, nn_ratio, sliced_w2
 from sdesens.diffusion.moments import affine_moments
+from sdesens.diffusion.one_draw import draw_problem, path_problem
 from sdesens.diffusion.oracles import Empirical, Gaussian, GaussianMixture
 from sdesens.diffusion.predict import Denoiser, Predictor
 from sdesens.diffusion.preserving import VP, Cosine, SubVP
@@ -56,6 +57,7 @@ __all__ = [
     "dpmpp_2m",
     "dpmpp_2m_step",
     "draw_noise",
+    "draw_problem",
     "draw_uniforms",
     "dsm_loss",
     "edm_grid",
@@ -77,6 +79,7 @@ __all__ = [
     "mmd2",
     "mode_coverage",
     "nn_ratio",
+    "path_problem",
     "prior",
     "prior_term",
     "remembered",
