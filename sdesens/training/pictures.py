@@ -118,9 +118,9 @@ def save_samples(
     samples: Samples, form: Form, file: Path, *, like: Tensor | None = None, title: str | None = None
 ) -> None:
     """Write a picture of samples."""
-    figure, axes, plt = _figure(*(_size(form, len(samples.x)) if is_image(form) else (5.0, 5.0)))
+    figure, axes = _figure(*(_size(form, len(samples.x)) if is_image(form) else (5.0, 5.0)))
     show_samples(axes, samples.x, form, like=like).set_title(title or "")
-    _save(figure, file, plt)
+    _save(figure, file)
 
 
 def _size(form: Form, n: int) -> tuple[float, float]:
@@ -131,42 +131,36 @@ def _size(form: Form, n: int) -> tuple[float, float]:
 
 def save_comparison(samples: dict[str, Tensor], form: Form, file: Path) -> None:
     """Write a picture of several sets of samples, side by side, by their names."""
-    figure, axes, plt = _figure(5 * len(samples), 5, len(samples))
+    figure, axes = _figure(5 * len(samples), 5, len(samples))
     for ax, (name, x) in zip(axes, samples.items(), strict=True):
         show_samples(ax, x, form, label=name).set_title(name)
     if not is_image(form):
         for ax in axes:
             ax.set_adjustable("box")
             ax.set(xlim=axes[0].get_xlim(), ylim=axes[0].get_ylim())
-    _save(figure, file, plt)
+    _save(figure, file)
 
 
 def save_report(report: Report, data: Data, rows: list[dict[str, Any]], floors: dict[str, float], file: Path) -> None:
     """Write the picture of a report: samples, for images beside data, what is learnt, and the course of training."""
     image = is_image(data.form)
-    figure, axes, plt = _figure(16 if image else 13, 4.2, 4 if image else 3)
+    figure, axes = _figure(16 if image else 13, 4.2, 4 if image else 3)
     if image:
         show_samples(axes[0], data.test, data.form).set_title("test data")
     show_samples(axes[-3], report.samples.x, data.form, like=data.train).set_title("samples")
     show_levels(axes[-2], report)
     show_log(axes[-1], rows, floors)
-    _save(figure, file, plt)
+    _save(figure, file)
 
 
 def _figure(width: float, height: float, panels: int = 1):
     require_matplotlib()
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: a program's own windows and backend are left alone
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, panels, figsize=(width, height), layout="constrained")
-    return figure, axes, plt
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, panels)
 
 
-def _save(figure, file: Path, plt) -> None:
-    try:
-        with whole_file(file) as part:
-            figure.savefig(part, dpi=120)
-    finally:
-        plt.close(figure)
+def _save(figure, file: Path) -> None:
+    with whole_file(file) as part:
+        figure.savefig(part, dpi=120)

@@ -1,28 +1,17 @@
-"""Pictures, each a function that takes and returns matplotlib Axes.
+"""Variances of gradient estimators, and the methods beside each other."""
 
-Readable in black and white: lines differ in style and markers, not in colour alone. matplotlib is an optional extra and is
-imported when the first picture is drawn.
-"""
-
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from sdesens.errors import ArgumentError
+from sdesens.estimate import Estimate
 from sdesens.estimators.compare import Comparison
 from sdesens.estimators.exact import Exact, normal_variances
 from sdesens.estimators.study import COSTS, Study, at
-from sdesens.problem import Problem
-from sdesens.refinement import Refinement
-from sdesens.sensitivity.tangent import tangent_paths
+from sdesens.plot.common import LINES, MARKERS, new_axes, new_figure
 
-STYLES = {
-    "pathwise": ("C0", "o", "-"),
-    "forward": ("C1", "x", "--"),
-    "adjoint": ("C3", "s", "-."),
-    "torchsde_adjoint": ("C4", "^", ":"),
-    "finite_difference": ("C2", "+", (0, (1, 3))),
-}
 ESTIMATOR_STYLES = {
     "pathwise": ("C0", "o", "-"),
     "score_function": ("C3", "s", "--"),
@@ -30,76 +19,6 @@ ESTIMATOR_STYLES = {
     "rloo (group=2)": ("C4", "x", ":"),
     "measure_valued": ("C2", "+", (0, (5, 1, 1, 1, 1, 1))),
 }
-
-
-def sample_paths(
-    problem: Problem, wrt: str, *, component: int = 0, n_paths: int = 6, seed: int = 0, axes: Any = None
-) -> Any:
-    """Sample paths of one state component, and beside them their derivatives in one parameter, on the same noise.
-
-    Parameters
-    ----------
-    problem : Problem
-    wrt : str
-        A parameter; for one with several components the first is shown.
-    component : int
-        Which component of the (flattened) state.
-    n_paths, seed : int
-    axes : pair of Axes, optional
-
-    Returns
-    -------
-    The pair of Axes.
-    """
-    left, right = _axes(axes, 2)
-    ts, ys, tangents = tangent_paths(problem, n_paths=n_paths, wrt=(wrt,), seed=seed, every_step=True)
-    states = ys.flatten(2)[:, :, component]
-    S = tangents[wrt].reshape(*ys.shape, -1)[..., 0].flatten(2)[:, :, component]
-    styles = ("-", "--", "-.", ":")
-    for i in range(n_paths):
-        look = {"color": f"C{i}", "linestyle": styles[i % 4], "linewidth": 1.0}
-        left.plot(ts, states[:, i], **look)
-        right.plot(ts, S[:, i], **look)
-    left.set(xlabel="t", ylabel=f"$X_t$, component {component}", title="sample paths")
-    name = wrt + (f"[{','.join('0' * (tangents[wrt].dim() - ys.dim()))}]" if tangents[wrt].dim() > ys.dim() else "")
-    right.set(xlabel="t", ylabel=f"$\\partial X_t / \\partial$ {name}", title="their sensitivities, same noise")
-    return left, right
-
-
-def refinement(study: Refinement, *, axes: Any = None) -> Any:
-    """Error of each route against the step, log-log: against the SDE's own path derivative, and against the scheme's.
-
-    Parameters
-    ----------
-    study : Refinement
-        From `crosscheck(problem).refinement`.
-    axes : pair of Axes, optional
-
-    Returns
-    -------
-    The pair of Axes.
-    """
-    left, right = _axes(axes, 2)
-    for method, errors in study.error.items():
-        color, marker, line = STYLES.get(method, ("C5", "d", "-"))
-        look = {"color": color, "marker": marker, "linestyle": line, "markerfacecolor": "none", "label": method}
-        left.loglog(study.dt, errors, **look)
-        if study.deviates(method):
-            right.loglog(study.dt, study.deviation[method], **look)
-        elif method != "pathwise":  # a flat line ten decades below would flatten the others
-            right.plot([], [], **{**look, "label": f"{method}: {study.deviation[method][-1]:.0e}"})
-    for ax, rows in ((left, study.error), (right, study.deviation)):
-        top = 1.5 * max((max(v) for k, v in rows.items() if ax is left or study.deviates(k)), default=1.0)
-        for slope, line in ((0.5, "-"), (1.0, "--")):
-            guide = [top * (h / max(study.dt)) ** slope for h in study.dt]
-            ax.loglog(study.dt, guide, color="0.6", linestyle=line, linewidth=1, label=f"slope {slope:g}")
-        ax.set_xlabel("step dt")
-        ax.set_xticks(study.dt, [f"{h:.3g}" for h in study.dt])
-        ax.set_xticks([], minor=True)
-        ax.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    left.set(ylabel="relative RMS error a path", title="against the SDE's path derivative")
-    right.set(ylabel="relative RMS deviation a path", title="against the scheme's own derivative")
-    return left, right
 
 
 def variance_study(study: Study, *, axes: Any = None) -> Any:
@@ -118,7 +37,7 @@ def variance_study(study: Study, *, axes: Any = None) -> Any:
     The array of Axes.
     """
     costs, parameters = (tuple(dict.fromkeys(getattr(p, a) for p in study.points)) for a in ("cost", "parameter"))
-    axes = _axes(axes, (len(parameters), len(costs)))
+    axes = new_axes(axes, (len(parameters), len(costs)))
     exact: dict[str, list[tuple[float, dict[str, Exact]]]] = {}
     for cost in costs:
         fine = _between([p.k for p in study.select(cost, parameters[0])], 60)
@@ -184,7 +103,7 @@ def comparison(found: Comparison, parameter: str, *, axes: Any = None) -> Any:
     if not rows:
         names = ", ".join(dict.fromkeys(repr(r["parameter"]) for r in found.rows()))
         raise ArgumentError(f"`parameter` must be one of {names}, got {parameter!r}.")
-    left, right = _axes(axes, 2)
+    left, right = new_axes(axes, 2)
     places = list(range(len(rows)))
     labels = [r["method"].replace(" (", "\n(") + (" (biased)" if r["biased"] else "") for r in rows]
     left.errorbar(
@@ -214,54 +133,43 @@ def comparison(found: Comparison, parameter: str, *, axes: Any = None) -> Any:
     return left, right
 
 
-def check_file(path: Path) -> None:
-    """Raise ArgumentError unless a picture can be written to `path`."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    kinds = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix[1:].lower() not in kinds:
-        raise ArgumentError(
-            f"no picture can be written to {str(path)!r}: its name must end in one of {', '.join(kinds)}."
-        )
-    if not path.resolve().parent.is_dir():
-        raise ArgumentError(f"no picture can be written to {str(path)!r}: there is no such folder.")
-
-
-def report(problem: Problem, wrt: str, study: Refinement | None, path: Path | str, *, seed: int = 0) -> None:
-    """Write one picture: sample paths with their sensitivities, and the refinement study below if there is one."""
-    rows = 1 if study is None else 2
-    figure, plt = _figure((11, 3.8 * rows))
-    axes = figure.subplots(rows, 2, squeeze=False)
-    sample_paths(problem, wrt, seed=seed, axes=axes[0])
-    if study is not None:
-        refinement(study, axes=axes[1])
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-
-
 def study_report(study: Study, path: Path | str) -> None:
     """Write the picture of a variance study."""
-    figure, plt = _figure((11, 7.2))
+    figure = new_figure((11, 7.2))
     variance_study(study, axes=figure.subplots(2, len({p.cost for p in study.points}), squeeze=False))
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure that needs no screen."""
-    import matplotlib
+def estimates(
+    x: Sequence[float],
+    found: Mapping[str, Sequence[Estimate]],
+    *,
+    exact: float | None = None,
+    xlabel: str = "",
+    axes: Any = None,
+) -> Any:
+    """Estimates with their 95 % intervals against what was varied.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Parameters
+    ----------
+    x : numbers (K,)
+    found : mapping of str to K Estimates of one number
+        By what the legend says.
+    exact : float, optional
+        A line across.
 
-    return plt.figure(figsize=size, layout="constrained"), plt
-
-
-def _axes(axes: Any, shape: int | tuple[int, int]) -> Any:
-    if axes is not None:
-        return axes
-    import matplotlib.pyplot as plt
-
-    rows, columns = (1, shape) if isinstance(shape, int) else shape
-    found = plt.subplots(rows, columns, figsize=(5 * columns, 3.8 * rows), layout="constrained", squeeze=False)[1]
-    return found[0] if isinstance(shape, int) else found
+    Returns
+    -------
+    Axes
+    """
+    ax = axes if axes is not None else new_axes(None, 1)[0]
+    for i, (name, rows) in enumerate(found.items()):
+        middle = [float(e.mean) for e in rows]
+        half = [float(e.confidence_interval().high - e.mean) for e in rows]
+        look = {"color": f"C{i}", "linestyle": LINES[i % 6], "marker": MARKERS[i % 6], "markerfacecolor": "none"}
+        ax.errorbar(x, middle, yerr=half, capsize=3, linewidth=1.0, **look, label=name)
+    if exact is not None:
+        ax.axhline(exact, color="0.4", linewidth=0.8, label="exact")
+    ax.set(xlabel=xlabel, ylabel="estimate, 95 % interval")
+    ax.legend(fontsize="small")
+    return ax

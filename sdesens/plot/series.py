@@ -1,0 +1,76 @@
+"""Series of data beside what a fitted model makes of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdesens.plot.common import new_axes
+
+
+def fitted_series(
+    times: Tensor | Sequence[float],
+    data: Tensor,
+    paths: Tensor,
+    *,
+    names: Sequence[str],
+    unit: str = "",
+    xlabel: str = "t",
+    axes: Any = None,
+) -> Any:
+    """Observed series over the paths of a model: bands that half and nine tenths of the paths lie in, and two paths of them.
+
+    Parameters
+    ----------
+    times : (T,)
+    data : Tensor (T, d)
+    paths : Tensor (T, B, d)
+    names : d words
+        Of the components.
+    unit : str
+        Of the values.
+    axes : d Axes, optional
+
+    Returns
+    -------
+    The Axes.
+    """
+    axes = new_axes(axes, data.shape[1])
+    levels = torch.tensor([0.05, 0.25, 0.75, 0.95], dtype=paths.dtype)
+    for i, (ax, name) in enumerate(zip(axes, names, strict=True)):
+        low, lower, upper, high = torch.quantile(paths[:, :, i], levels, dim=1)
+        ax.fill_between(times, low, high, color="0.88", label="9 of 10 paths")
+        ax.fill_between(times, lower, upper, color="0.72", label="half of the paths")
+        for k, line in enumerate(("--", ":")):
+            ax.plot(
+                times, paths[:, k, i], color="0.3", linestyle=line, linewidth=0.9, label="two paths" if k == 0 else None
+            )
+        ax.plot(times, data[:, i], "ko-", markersize=4, linewidth=1.2, label="data")
+        ax.set(xlabel=xlabel, ylabel=f"{name}{f', {unit}' if unit else ''}", title=name)
+        ax.locator_params(axis="x", nbins=6, integer=True)
+    axes[0].legend(fontsize="small")
+    return axes
+
+
+def band(
+    x: Tensor,
+    middle: Tensor,
+    low: Tensor,
+    high: Tensor,
+    *,
+    label: str,
+    color: str = "C0",
+    line: str = "-",
+    axes: Any = None,
+) -> Any:
+    """A curve with a band around it.
+
+    Returns
+    -------
+    Axes
+    """
+    ax = axes if axes is not None else new_axes(None, 1)[0]
+    ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
+    ax.plot(x, middle, color=color, linestyle=line, label=label)
+    return ax
