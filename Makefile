@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bars bench clean
+.PHONY: demo test lint notebooks bars bench clean
 
 demo: $(READY)  ## the main job: bond sensitivities from Treasury bill data, by every route, with a picture
 	$(BIN)/sdesens check tbill --plot tbill.png
@@ -16,6 +16,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+notebooks: $(READY)  ## execute the notebooks and save them with their outputs (five minutes)
+	$(BIN)/python notebooks/build.py
 
 bars: $(READY)  ## the accuracy claims of docs/accuracy.md at full size (half an hour)
 	$(BIN)/python benchmarks/bars.py

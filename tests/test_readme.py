@@ -79,3 +79,9 @@ def test_page_on_diffusion_runs(capsys):
         )
         < 5e-3
     )
+
+
+def test_page_on_fitting_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fitting.md").read_text(), flags=re.DOTALL)
+    exec(compile(block, "docs/fitting.md", "exec"), {})
+    assert "Fit to 20 transitions" in capsys.readouterr().out
