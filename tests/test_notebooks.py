@@ -37,6 +37,7 @@ def test_the_executed_copy_is_whole(script):
         for out in cell.outputs:
             assert out.output_type != "error"
             assert out.get("name") != "stderr", out.get("text")
+            assert "\x1b" not in out.get("text", "")  # colours of a terminal
     assert "What to read next" in of_kind(copy, "markdown")[-1].source
     assert copy.cells[0].cell_type == "markdown"  # the question comes before the code
 
