@@ -33,7 +33,8 @@ data = pelts()
 #
 # $$dH = H(\alpha - \beta L)\,dt + \sigma_1 H\,dW^1, \qquad dL = L(\delta H - \gamma)\,dt + \sigma_2 L\,dW^2.$$
 #
-# Claim: the search ends at the same parameters from three starts far apart, with error bars from the information of the fitted moments.
+# Claim: the search ends at the same parameters from three starts far apart, with error bars from how sharply the fitted means and variances move with the
+# parameters (their expected information).
 
 # %%
 starts = [
@@ -52,7 +53,7 @@ for other in fits[1:]:
 assert fit.converged
 
 # %% [markdown]
-# The noise of the simulation moves the answer far less than the length of the series does: another seed changes each parameter by a fraction of its standard error.
+# The noise of the simulation moves the answer less than the length of the series does: another seed changes each parameter by less than half its standard error.
 
 # %%
 again = fit_pelts(data, seed=1)
@@ -86,7 +87,8 @@ for i, name in enumerate(("hares", "lynxes")):
 #
 # ## 3. Are the error bars right?
 #
-# Make series with the fitted model, fit each, and look how much the estimates vary. Claim: by what the standard errors say, up to what so few series can tell.
+# Make series with the fitted model, fit each, and look how much the estimates vary. Claim: by what the standard errors say, up to the 15 per cent that 24 series can tell a spread to, and what
+# twenty transitions leave of the theory.
 
 # %%
 worlds = 8 if fast else 24
@@ -95,32 +97,56 @@ refits = [fit_pelts(made[:, j], n_paths=100, seed=3) for j in range(worlds)]
 spread = {k: float(torch.stack([r.sde.params[k] for r in refits]).std()) for k in fit.names}
 ratios = {k: spread[k] / float(fit.standard_errors[k]) for k in fit.names}
 print("spread over standard error:", {k: round(v, 2) for k, v in ratios.items()})
-middle = sorted(ratios.values())[len(ratios) // 2]
-assert 0.5 < middle < 2
+assert all((0.3 if fast else 0.5) < v < (2.5 if fast else 1.7) for v in ratios.values())
 
 # %% [markdown]
 # ## 4. A neural SDE
 #
 # Where nobody knows the equation, let small networks be drift and volatility, and fit them the same way. The three-month Treasury bill rate, quarterly from 1959 to 2009. Claim: the volatility rises with the
-# level of the rate, which a Vasicek model (one number for all levels) cannot say, and the likelihood is much better for it.
+# level of the rate, and the likelihood is much better for it than that of a Vasicek model, which has one volatility for all levels, by more than the number of weights accounts for. A model of four numbers, volatility
+# $\sigma r^\gamma$, is fitted beside it. Error bars of the curves: the same fit to series put together from blocks of twenty quarters of the data.
 
 # %%
+import sdesens as ss
 from sdesens.examples.neural_sde import curves, fit_neural, resampled
-from sdesens.models.tbill import fit_vasicek, treasury_bill_rate
+from sdesens.models.tbill import treasury_bill_rate
 
-rates = treasury_bill_rate()
-series = torch.tensor(rates)[:, None]
-neural = fit_neural(series, 0.25, n_paths=60 if fast else 200, max_iterations=40 if fast else 150)
-vasicek = fit_vasicek(rates, 0.25)
-levels = torch.linspace(0.01, 0.11, 41, dtype=torch.float64)[:, None]
-worlds = [
-    fit_neural(series, 0.25, blocks=resampled(series, 20, j), n_paths=60, max_iterations=30 if fast else 60)
-    for j in range(4 if fast else 16)
-]
+series = torch.tensor(treasury_bill_rate())[:, None]
+how = {"n_paths": 60, "max_iterations": 30} if fast else {"n_paths": 100, "max_iterations": 100}
+neural = fit_neural(series, 0.25, **how)
+blocks = [resampled(series, 20, j) for j in range(4 if fast else 16)]
+resampled_fits = [fit_neural(series, 0.25, blocks=b, **how) for b in blocks]
+
 
 # %%
+def plain(gamma: bool):
+    names = {"kappa": 0.2, "m": 0.05, "sigma": 0.02, **({"gamma": 0.1} if gamma else {})}
+    noise = (
+        (lambda t, r, p: p["sigma"] * (r / 0.05).clamp(min=1e-3) ** p["gamma"])
+        if gamma
+        else (lambda t, r, p: p["sigma"].expand_as(r))
+    )
+    sde = ss.SDE(
+        lambda t, r, p: p["kappa"] * (p["m"] - r),
+        noise,
+        {k: torch.tensor(v, dtype=torch.float64) for k, v in names.items()},
+    )
+    return ss.fit_transitions(sde, series, 0.25, n_steps=2, positive=("sigma",), n_paths=how["n_paths"])
+
+
+vasicek, elastic = plain(False), plain(True)
+print(elastic)
+for name, f in (("Vasicek", vasicek), ("elastic", elastic), ("neural", neural)):
+    size = sum(v.numel() for v in f.sde.params.values())
+    print(
+        f"{name:8} {size:2} numbers, log-likelihood {f.log_likelihood:.1f}, AIC {2 * size - 2 * f.log_likelihood:.0f}"
+    )
+
+# %%
+levels = torch.linspace(0.01, 0.13, 49, dtype=torch.float64)[:, None]
+fits = {"Vasicek": ("k--", vasicek), "elastic volatility": ("k:", elastic)}
+own, many = curves(neural, levels), [curves(f, levels) for f in resampled_fits]
 fig, axes = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-own, many = curves(neural, levels), [curves(w, levels) for w in worlds]
 for ax, name in zip(axes, ("drift", "volatility"), strict=True):
     all_of = torch.stack([getattr(c, name) for c in many])
     plot.band(
@@ -128,32 +154,29 @@ for ax, name in zip(axes, ("drift", "volatility"), strict=True):
         getattr(own, name),
         all_of.quantile(0.1, 0),
         all_of.quantile(0.9, 0),
-        label="neural, 8 of 10 resampled fits",
+        label="neural (band: 8 of 10 resampled fits)",
         axes=ax,
     )
-    line = vasicek.kappa * (vasicek.m - levels) if name == "drift" else torch.full_like(levels, vasicek.sigma)
-    ax.plot(levels, line, "k--", label="Vasicek")
+    for label, (line, f) in fits.items():
+        ax.plot(levels, getattr(curves(f, levels), name), line, label=label)
     ax.plot(series[:, 0], torch.full_like(series[:, 0], float(ax.get_ylim()[0])), "|", color="0.4", markersize=8)
     ax.set(xlabel="rate, a year", ylabel=f"{name}, {'a year' if name == 'drift' else 'per root year'}")
-    ax.legend(fontsize="small")
+axes[1].legend(fontsize="small")
 plt.show()
 
 # %%
-e, v = torch.exp(torch.tensor(-0.25 * vasicek.kappa)), vasicek.sigma**2 / (2 * vasicek.kappa)
-step = torch.distributions.Normal(vasicek.m + (series[:-1] - vasicek.m) * e, (v * (1 - e**2)).sqrt())
-plain = float(step.log_prob(series[1:]).sum())
-print(
-    f"log-likelihood: Vasicek {plain:.1f} (3 numbers), neural {neural.log_likelihood:.1f} ({sum(p.numel() for p in neural.sde.params.values())} numbers)"
-)
 low, high = (torch.stack([c.volatility for c in many])[:, k] for k in (8, 36))  # at 3 % and at 10 %
+ratios = high / low
 print(
-    f"volatility at 10 % over that at 3 %: {float(own.volatility[36] / own.volatility[8]):.1f}; in resampled fits {float((high / low).min()):.1f} to {float((high / low).max()):.1f}"
+    f"volatility at 10 % over that at 3 %: {float(own.volatility[36] / own.volatility[8]):.1f}; in resampled fits {float(ratios.min()):.1f} to {float(ratios.max()):.1f}"
 )
-assert neural.log_likelihood > plain + 40
-assert float((high / low).min()) > 1
+assert neural.log_likelihood - 26 > vasicek.log_likelihood - 3 + 20  # half the difference of AICs
+assert float(ratios.min()) > 1
+gamma = elastic.sde.params["gamma"]
+assert float(gamma) > 4 * float(elastic.standard_errors["gamma"])
 
 # %% [markdown]
-# Marks at the bottom are the rates that were seen. The drift is as good as unknown, as fifty years of any rate leave it; the volatility is not.
+# Marks at the bottom are the rates that were seen. The volatility is known well where there are marks. The drift is not: the ridge, which the networks need, takes it for flat, and the resampled fits disagree about its slope.
 #
 # ## What to read next
 #

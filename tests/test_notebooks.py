@@ -11,7 +11,7 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 spec = importlib.util.spec_from_file_location("build", NOTEBOOKS / "build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
-LONGEST_CELL = 22  # lines
+LONGEST_CELL = 24  # lines
 
 
 def of_kind(notebook, kind):
