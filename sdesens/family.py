@@ -7,6 +7,7 @@ derivatives fall like a power, and those of a jump like 1/k.
 Reference: L. N. Trefethen, Approximation Theory and Approximation Practice, 2013, chapters 7 and 8.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,8 +64,10 @@ def chebyshev_points(low: float, high: float, n: int) -> Tensor:
     >>> chebyshev_points(0.0, 2.0, 2)
     tensor([0., 1., 2.], dtype=torch.float64)
     """
-    if not low < high:
-        raise ArgumentError(f"`low` must lie below `high`, got {low!r} and {high!r}.")
+    if not -math.inf < low < high < math.inf:
+        raise ArgumentError(f"`low` must lie below `high`, both finite, got {low!r} and {high!r}.")
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ArgumentError(f"`n` must be a positive int, got {n!r}.")
     return torch.from_numpy(low + (high - low) * (1 + chebpts2(n + 1)) / 2)
 
 
@@ -101,9 +104,15 @@ def family(
     >>> found.ys.shape, found.F.shape
     (torch.Size([9, 17, 3, 1]), torch.Size([9, 3]))
     """
-    (leaf,) = problem.leaves(wrt).values()
-    if leaf.numel() != 1 or wrt == "t1":
-        raise ShapeError(f"`wrt` must be a parameter of one number, or 'y0'; {wrt!r} has shape {tuple(leaf.shape)}.")
+    if not isinstance(wrt, str) or wrt == "t1":
+        raise ArgumentError(f"`wrt` must be the name of one parameter, or 'y0', got {wrt!r:.60}.")
+    leaves = problem.leaves(wrt)
+    if len(leaves) != 1 or wrt not in leaves or leaves[wrt].numel() != 1:
+        shapes = ", ".join(f"{k} of shape {tuple(v.shape)}" for k, v in leaves.items())
+        raise ShapeError(f"`wrt` must name one parameter of one number, and {wrt!r} is {shapes}.")
+    if isinstance(n_paths, bool) or not isinstance(n_paths, int) or n_paths < 1:
+        raise ArgumentError(f"`n_paths` must be a positive int, got {n_paths!r}.")
+    leaf = leaves[wrt]
     values = torch.as_tensor(values, dtype=torch.float64)
     if values.dim() != 1 or len(values) < 2 or not bool((values.diff() > 0).all()):
         raise ArgumentError(
@@ -117,5 +126,7 @@ def family(
         with torch.no_grad():
             path = sdeint(sde, y0.expand(n_paths, *y0.shape), ts.tolist(), n_steps=problem.n_steps, bm=noise)
             F.append(problem.functional(path[list(problem.outputs)], sde.params))
+            if F[-1].shape != (n_paths,):
+                raise ShapeError(f"`functional` must return one number a path, ({n_paths},), got {tuple(F[-1].shape)}.")
         ys.append(path)
     return Family(wrt, values, ts, torch.stack(ys), torch.stack(F).double())

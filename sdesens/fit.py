@@ -8,12 +8,16 @@ interval after X = Y_k, and r_k = h(Y_{k+1}) - m_k, the estimate minimises
 Its slope has mean zero where m_k and V_k are the data's own conditional moments, whatever the rest of their law; if h(X) is normal
 given Y_k, (1) is minus the log-likelihood. Moments come from M antithetic paths a transition, on noise that stays: (1) is then a smooth
 function of theta, whose gradient is that of the integrator, and an optimiser that wants smooth functions converges to its last digits.
-For normal h(X) the mean is exact and V_hat has M/2 degrees of freedom, so that E[V_hat^-1] = V^-1 (M/2)/(M/2 - d - 1)
-(T. Anderson, An Introduction to Multivariate Statistical Analysis, 2003, section 7.7); the first term of (1) is divided by that.
+For normal h(X) the mean is exact and V_hat has nu = M/2 degrees of freedom, so that
+
+    E[V_hat^-1] = V^-1 nu/(nu - d - 1),    E[log det V_hat] = log det V + sum_{i<d} psi((nu - i)/2) + d log(2/nu),       (2)
+
+psi being the digamma function (T. Anderson, An Introduction to Multivariate Statistical Analysis, 2003, sections 7.5 and 7.7). The first
+term of (1) is divided by the one, and the log-likelihood freed of the other.
 
 Standard errors are those of the expected information,
 
-    I = sum_k (dm_k)^T V_k^-1 dm_k + tr(V_k^-1 dV_k V_k^-1 dV_k) / 2,      covariance = I^-1,      (2)
+    I = sum_k (dm_k)^T V_k^-1 dm_k + tr(V_k^-1 dV_k V_k^-1 dV_k) / 2,      covariance = I^-1,      (3)
 
 right where h(X) is about normal given Y_k, and the series long enough for the estimate to be about normal too.
 
@@ -21,21 +25,25 @@ Reference: H. White, Econometrica 50 (1982) 1, estimates by a normal likelihood 
 A. Pedersen, Scand. J. Statist. 22 (1995) 55, transitions by simulation.
 """
 
+import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from sdesens.errors import ArgumentError, ArgumentTypeError, NonFiniteError, ShapeError, UnknownParameterError
-from sdesens.integrate import sdeint
-from sdesens.noise import Antithetic, Philox
+from sdesens.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnknownParameterError
 from sdesens.sde import SDE, as_sde
-from sdesens.tensors import describe
+from sdesens.transitions import split, transitions
 
 MOST_WITH_ERRORS = 64  # parameters
+RESTARTS = 8
+WALL = 1.0  # how steep the bowl is, in units of the misfit
+FLAT = 1e-5  # largest slope of a minimum, in units of the misfit
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +55,7 @@ class Fit:
     sde : SDE
         With the estimates as its parameters.
     standard_errors : dict of Tensor
-        By name, equation (2); empty where they were not wanted.
+        By name, equation (3); empty where they were not wanted.
     covariance : Tensor (P, P) or None
         Of the estimates, in the order of `names`.
     names : tuple of str
@@ -55,12 +63,13 @@ class Fit:
     loss : float
         Equation (1).
     log_likelihood : float
-        -(1) with the normal's constant, in the coordinates h.
+        -(1) with the normal's constant, in the coordinates h, freed of the bias that sampled V give it; `seed` moves it by some
+        d sqrt(K/M), K transitions.
     n : int
         Transitions.
     iterations : int
     converged : bool
-        Whether the optimiser was content; its own words in `message`.
+        Whether it stands where (1) is flat; the optimiser's own words in `message`.
     message : str
     """
 
@@ -92,52 +101,14 @@ class Fit:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, eq=False)
-class Transitions:
-    """Equation (1) as a function of the parameters."""
-
-    sde: SDE
-    starts: Tensor
-    ends: Tensor
-    dt: float
-    n_steps: int
-    n_paths: int
-    transform: Callable[[Tensor], Tensor]
-    seed: int
-
-    def moments(self, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """m (K, d) and V (K, d, d)."""
-        start = self.starts.repeat_interleave(self.n_paths, 0)
-        sde = self.sde.with_params(**params)
-        ends = sdeint(sde, start, (0.0, self.dt), n_steps=self.n_steps, bm=Antithetic(Philox(self.seed)), check=False)[
-            -1
-        ]
-        x = self.transform(ends).unflatten(0, (-1, self.n_paths))
-        mean = x.mean(1)
-        off = x - mean[:, None]
-        return mean, off.mT @ off / self.n_paths
-
-    def loss(self, params: dict[str, Tensor]) -> Tensor:
-        """Equation (1)."""
-        mean, V = self.moments(params)
-        half, d = self.n_paths / 2, mean.shape[1]
-        root, failed = torch.linalg.cholesky_ex(V)
-        if bool(failed.any()):
-            return torch.full((), math.inf, dtype=mean.dtype)
-        residual = (self.transform(self.ends) - mean)[..., None]
-        w = torch.linalg.solve_triangular(root, residual, upper=False)
-        inflated = half / (half - d - 1)
-        return w.square().sum() / (2 * inflated) + root.diagonal(dim1=1, dim2=2).log().sum()
-
-
 def fit_transitions(
     sde,
     series: Tensor | Sequence[Tensor],
     dt: float,
     *,
     n_steps: int,
-    wrt: Sequence[str] | None = None,
-    positive: Sequence[str] = (),
+    wrt: Sequence[str] | str | None = None,
+    positive: Sequence[str] | str = (),
     transform: Callable[[Tensor], Tensor] | None = None,
     n_paths: int = 400,
     seed: int = 0,
@@ -157,10 +128,11 @@ def fit_transitions(
         Time between observations.
     n_steps : int
         Euler-Maruyama steps an interval.
-    wrt : names, optional
+    wrt : names or patterns ("net.*"), optional
         What is fitted; all parameters if left out.
     positive : names
-        Of those that stay above 0; they are sought in their logarithm.
+        Of those that stay above 0; they are sought in their logarithm. A volatility that is not among them may come out negative, which is the
+        same law.
     transform : callable (B, d) -> (B, d), optional
         h; `torch.log` for what is positive. The state itself if left out.
     n_paths : int
@@ -170,7 +142,7 @@ def fit_transitions(
         For networks: ridge |theta|^2 / 2 is added to (1), a normal prior of variance 1/ridge on each weight. Without it a network finds
         places where few transitions start, and gives them no volatility.
     errors : bool
-        Whether to compute equation (2); not for networks.
+        Whether to compute equation (3); not for networks.
     max_iterations : int
         Of L-BFGS (scipy).
 
@@ -182,11 +154,16 @@ def fit_transitions(
     ------
     ArgumentTypeError, ArgumentError, ShapeError, UnknownParameterError
     NonFiniteError
-        If the model cannot leave the data where the search starts: equation (1) is not finite there.
+        If the model cannot leave the data where the search starts: equation (1), or its slope, is not finite there.
+
+    Warns
+    -----
+    HighVarianceWarning
+        If the series does not tell the parameters apart; the fit then has no standard errors.
 
     Example
     -------
-    >>> from sdesens import Philox
+    >>> from sdesens import sdeint
     >>> ou = SDE(lambda t, y, p: -p["k"] * y, lambda t, y, p: p["s"].expand_as(y), {k: torch.tensor(1.0, dtype=torch.float64) for k in "ks"})
     >>> series = sdeint(ou, torch.zeros(1, 1, dtype=torch.float64), [0.1 * i for i in range(201)], n_steps=200, seed=3)[:, 0]
     >>> fit = fit_transitions(ou, series, 0.1, n_steps=1, positive=("k", "s"), n_paths=100)
@@ -194,118 +171,102 @@ def fit_transitions(
     (True, True)
     """
     sde = sde if isinstance(sde, SDE) else as_sde(sde)
-    names = _names(sde, wrt, positive)
-    task = _task(sde, series, dt, n_steps, transform, n_paths, seed)
-    start = {k: sde.params[k].detach().to(torch.float64) for k in names}
-    logs = {k: k in positive for k in names}
+    names, positive = _names(sde, wrt, positive)
+    task = transitions(sde, series, dt, n_steps, transform, n_paths, seed)
+    _check_options(ridge, errors, max_iterations, sum(sde.params[k].numel() for k in names))
+    start = {k: sde.params[k].detach().clone() for k in names}
     for k in positive:
         if not bool((start[k] > 0).all()):
             raise ArgumentError(f"`positive` names {k!r}, which starts at {start[k].tolist()}: start above 0.")
+    units = {k: 1.0 if k in positive else float(v.abs().max()) or 1.0 for k, v in start.items()}
 
     def params(x: Tensor) -> dict[str, Tensor]:
-        parts = x.split([start[k].numel() for k in names])
-        values = {k: part.reshape(start[k].shape) for k, part in zip(names, parts, strict=True)}
-        return {k: v.exp() if logs[k] else v for k, v in values.items()}
+        return {k: v.exp() if k in positive else units[k] * v for k, v in split(x, start).items()}
 
-    def value_and_slope(x):
-        at = torch.tensor(x, requires_grad=True)
-        loss = task.loss(params(at)) + ridge * at.square().sum() / 2
-        if not bool(torch.isfinite(loss)):
-            return math.inf, 0 * x
-        return float(loss.detach()), torch.autograd.grad(loss, at)[0].numpy()
+    def value_and_slope(x: np.ndarray) -> tuple[float, np.ndarray]:
+        with torch.enable_grad():
+            at = torch.tensor(x, requires_grad=True)
+            theta = params(at)
+            value = task.loss(theta) + ridge * sum(v.square().sum() for v in theta.values()) / 2
+            if not bool(torch.isfinite(value)):
+                return math.inf, x
+            (slope,) = torch.autograd.grad(value, at)
+        return (float(value.detach()) if bool(torch.isfinite(slope).all()) else math.inf), slope.numpy()
 
-    x0 = torch.cat([(v.log() if logs[k] else v).flatten() for k, v in start.items()]).numpy()
-    if not math.isfinite(value_and_slope(x0)[0]):
-        raise NonFiniteError(
-            "the misfit is not finite at the parameters that `sde` has: start where the model can reach the data, or take more steps.",
-            step=0,
-        )
-    found = minimize(value_and_slope, x0, jac=True, method="L-BFGS-B", options={"maxiter": max_iterations, "maxfun": 10 * max_iterations, "ftol": 1e-13, "gtol": 1e-7})  # fmt: skip
-    with torch.no_grad():
-        best = {k: v.to(sde.params[k].dtype) for k, v in params(torch.from_numpy(found.x)).items()}
+    x0 = torch.cat([(v.log() if k in positive else v / units[k]).flatten() for k, v in start.items()]).numpy()
+    found = _search(value_and_slope, x0, max_iterations)
+    best = params(torch.from_numpy(found.x))
     n, d = task.ends.shape
-    covariance = _covariance(task, best) if errors else None
-    own = {} if covariance is None else _split(covariance.diagonal().sqrt(), best)
     with torch.no_grad():
         loss = float(task.loss(best))
-    likelihood = -loss - n * d / 2 * math.log(2 * math.pi)
-    return Fit(sde.with_params(**best), own, covariance, names, loss, likelihood, n, int(found.nit), bool(found.success), str(found.message))  # fmt: skip
+    covariance = task.covariance(best) if errors else None
+    own = {} if covariance is None else split(covariance.diagonal().sqrt(), best)
+    likelihood = -loss + n * task.log_det_bias / 2 - n * d / 2 * math.log(2 * math.pi)
+    fitted = sde.with_params(**{k: v.detach().clone() for k, v in {**sde.params, **best}.items()})
+    return Fit(fitted, own, covariance, names, loss, likelihood, n, found.iterations, found.converged, found.message)
 
 
-def _covariance(task: Transitions, params: dict[str, Tensor]) -> Tensor:
-    """The inverse of equation (2)."""
-    flat = torch.cat([v.flatten() for v in params.values()])
-    if len(flat) > MOST_WITH_ERRORS:
-        raise ArgumentError(f"`errors` is for up to {MOST_WITH_ERRORS} numbers, got {len(flat)}: errors=False.")
-
-    def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-        return task.moments(_split(x, params))
-
-    dm, dV = torch.autograd.functional.jacobian(moments, flat)
-    with torch.no_grad():
-        inverse = torch.linalg.inv(moments(flat)[1])
-        half = torch.einsum("kij,kjlp->kilp", inverse, dV)
-        information = torch.einsum("kip,kij,kjq->pq", dm, inverse, dm) + torch.einsum("kijp,kjiq->pq", half, half) / 2
-        if not bool((torch.linalg.eigvalsh(information) > 1e-12 * information.diagonal().max()).all()):
-            raise ArgumentError(
-                "the series does not tell the parameters apart, their information is singular: fit fewer (`wrt`), or errors=False."
-            )
-        return torch.linalg.inv(information)
+class _Found(NamedTuple):
+    x: np.ndarray
+    iterations: int
+    converged: bool
+    message: str
 
 
-def _split(x: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    parts = x.split([v.numel() for v in like.values()])
-    return {k: part.reshape(v.shape) for (k, v), part in zip(like.items(), parts, strict=True)}
-
-
-def _names(sde: SDE, wrt, positive) -> tuple[str, ...]:
-    names = tuple(sde.params) if wrt is None else (wrt,) if isinstance(wrt, str) else tuple(wrt)
-    for name, among, what in (
-        *((k, tuple(sde.params), "wrt") for k in names),
-        *((k, names, "positive") for k in positive),
-    ):
-        if name not in among:
-            raise UnknownParameterError(f"`{what}` names {name!r}, which is none of {', '.join(among)}.")
-    if not names or len(set(names)) < len(names):
-        raise ArgumentError(f"`wrt` must name one parameter or more, each once, got {names!r}.")
-    return names
-
-
-def _task(sde: SDE, series, dt, n_steps, transform, n_paths, seed) -> Transitions:
-    several = [series] if isinstance(series, Tensor) else series
-    if not isinstance(several, list | tuple) or not several:
-        raise ArgumentTypeError(f"`series` must be a tensor (K + 1, d), or a list of them, got {describe(series)}.")
-    h = transform or (lambda y: y)
-    for one in several:
-        _check_series(one, several[0], h)
-    starts, ends = (torch.cat([one[part] for one in several]) for part in (slice(None, -1), slice(1, None)))
-    if isinstance(dt, bool) or not isinstance(dt, int | float) or not (0 < dt < math.inf):
-        raise ArgumentError(f"`dt` must be a time above 0, got {dt!r}.")
-    least = 2 * (h(ends).shape[1] + 2)
-    if isinstance(n_paths, bool) or not isinstance(n_paths, int) or n_paths < least or n_paths % 2:
-        raise ArgumentError(f"`n_paths` must be an even int, {least} or more, got {n_paths!r}: 400 is usual.")
-    for coefficient in (sde.drift, sde.diffusion):
-        early, late = (coefficient(torch.tensor(t, dtype=torch.float64), starts, sde.params) for t in (0.0, 0.7 * dt))
-        if not torch.equal(early, late):
-            raise ArgumentError(
-                "`sde` must not depend on time, as every transition starts at t = 0: make time a state."
-            )
-    return Transitions(sde, starts, ends, float(dt), n_steps, n_paths, h, seed)
-
-
-def _check_series(series, first, transform: Callable[[Tensor], Tensor]) -> None:
-    if not isinstance(series, Tensor) or series.dtype != torch.float64:
-        raise ArgumentTypeError(
-            f"`series` must be float64 tensors (K + 1, d), got {describe(series)}: torch.tensor(..., dtype=torch.float64)."
+def _search(value_and_slope: Callable, x0: np.ndarray, max_iterations: int) -> _Found:
+    """L-BFGS, begun anew from the best point while that is not flat: it may be led astray where the misfit is not finite."""
+    best = [*value_and_slope(x0), x0]
+    if not math.isfinite(best[0]):
+        raise NonFiniteError(
+            "the misfit, or its slope, is not finite at the parameters that `sde` has: start where the model can reach the data, or take more steps.",
+            step=0,
         )
-    if series.dim() != 2 or len(series) < 2 or not series.shape[1] or series.shape[1] != first.shape[1]:
-        raise ShapeError(
-            f"`series` must have shape (K + 1, d), one transition or more and one d for all, got {tuple(series.shape)}: x[:, None] for one number a time."
-        )
-    seen = transform(series)
-    if not isinstance(seen, Tensor) or seen.dim() != 2 or len(seen) != len(series):
-        raise ShapeError(f"`transform` must keep the rows of (B, d), got {describe(seen)} of {tuple(series.shape)}.")
-    if bad := (~torch.isfinite(seen)).any(1).nonzero().flatten().tolist():
-        raise ArgumentError(
-            f"`series` is NaN, infinite, or beyond `transform` in {len(bad)} rows, the first is row {bad[0]}: {series[bad[0]].tolist()}."
-        )
+
+    def walled(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope = value_and_slope(x)
+        if value < best[0]:
+            best[:] = [value, slope, x.copy()]
+        if math.isfinite(value):
+            return value, slope
+        back = x - best[2]  # a bowl around the best point, which sends a line search back
+        return best[0] + WALL * (1 + abs(best[0])) * (1 + float(back @ back)), 2 * WALL * (1 + abs(best[0])) * back
+
+    done, message = 0, ""
+    for _ in range(RESTARTS):
+        options = {"maxiter": max_iterations - done, "maxfun": 20 * max_iterations, "ftol": 1e-14, "gtol": 1e-8}
+        found = minimize(walled, best[2], jac=True, method="L-BFGS-B", options=options)
+        done, message = done + max(int(found.nit), 1), str(found.message)
+        if _flat(best) or done >= max_iterations:
+            break
+    return _Found(best[2], done, _flat(best), message)
+
+
+def _flat(best: list) -> bool:
+    return float(np.abs(best[1]).max()) < FLAT * max(1.0, abs(best[0]))
+
+
+def _check_options(ridge, errors, max_iterations, size: int) -> None:
+    if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 <= ridge < math.inf:
+        raise ArgumentError(f"`ridge` must be a number, 0 or more, got {ridge!r}.")
+    if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
+        raise ArgumentError(f"`max_iterations` must be an int, 1 or more, got {max_iterations!r}.")
+    if not isinstance(errors, bool):
+        raise ArgumentTypeError(f"`errors` must be True or False, got {errors!r}.")
+    if errors and size > MOST_WITH_ERRORS:
+        raise ArgumentError(f"`errors` is for up to {MOST_WITH_ERRORS} numbers, got {size}: errors=False.")
+
+
+def _names(sde: SDE, wrt, positive) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    found: list[tuple[str, ...]] = []
+    for what, given, among in (("wrt", "*" if wrt is None else wrt, tuple(sde.params)), ("positive", positive, None)):
+        patterns = (given,) if isinstance(given, str) else given
+        if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
+            raise ArgumentTypeError(f"`{what}` must be a name or a tuple of names, got {given!r:.60}.")
+        known = found[0] if among is None else among
+        matched = [fnmatch.filter(known, p) for p in patterns]
+        if (missing := [p for p, m in zip(patterns, matched, strict=True) if not m]) and (known or among is None):
+            raise UnknownParameterError(f"`{what}` names {missing[0]!r}, which is none of {', '.join(known)}.")
+        found.append(tuple(name for m in matched for name in m))
+    if not found[0] or len(set(found[0])) < len(found[0]):
+        raise ArgumentError(f"`wrt` must name one parameter or more, each once, got {wrt!r:.60}.")
+    return found[0], found[1]

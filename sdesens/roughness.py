@@ -11,6 +11,7 @@ its quadratic variation, t for a standard Brownian motion.
 Reference: I. Karatzas, S. Shreve, Brownian Motion and Stochastic Calculus, 1991, theorems 1.5.8 and 2.9.18.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from sdesens.tensors import describe
 
 PARTS = 16  # of a curve, each with an exponent of its own
 FEWEST = 16  # increments of a part at the longest lag
+LARGEST = 1e140
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +79,8 @@ def roughness(x: Tensor, distance: float, *, n_lags: int = 8) -> Roughness:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise ArgumentTypeError(f"`x` must be a floating tensor (N + 1,), got {describe(x)}.")
-    if isinstance(n_lags, bool) or not isinstance(n_lags, int) or n_lags < 2:
-        raise ArgumentError(f"`n_lags` must be an int, 2 or more, got {n_lags!r}.")
+    if isinstance(n_lags, bool) or not isinstance(n_lags, int) or not 2 <= n_lags <= 40:
+        raise ArgumentError(f"`n_lags` must be an int from 2 to 40, got {n_lags!r}.")
     longest = 2 ** (n_lags - 1)
     n = len(x) - 1 if x.dim() == 1 else 0
     if n < PARTS * FEWEST * longest or n % (PARTS * longest):
@@ -86,17 +88,19 @@ def roughness(x: Tensor, distance: float, *, n_lags: int = 8) -> Roughness:
             f"`x` must have shape (N + 1,), N a multiple of {PARTS * longest} and at least {PARTS * FEWEST * longest} for `n_lags` = {n_lags}, got "
             f"{tuple(x.shape)}."
         )
-    if not distance > 0:
-        raise ArgumentError(f"`distance` must be above 0, got {distance!r}.")
-    if not bool(torch.isfinite(x).all()):
-        raise ArgumentError("`x` holds NaN or infinite values.")
+    if isinstance(distance, bool) or not isinstance(distance, int | float) or not 0 < distance < math.inf:
+        raise ArgumentError(f"`distance` must be a finite number above 0, got {distance!r}.")
+    if not bool(torch.isfinite(x).all()) or float(x.detach().double().abs().max()) > LARGEST:
+        raise ArgumentError(f"`x` holds NaN or infinite values, or some beyond {LARGEST:g}, whose squares overflow.")
     x = x.detach().double()
     sizes = [2**k for k in range(n_lags)]
     increments = [x[::h].diff().abs() for h in sizes]
     lags = distance * torch.tensor(sizes, dtype=torch.float64)
     a = torch.stack([d.unflatten(0, (PARTS, -1)).mean(1) for d in increments])  # (L, PARTS)
     if not bool((a > 0).all()):
-        raise ArgumentError("`x` is constant over a stretch, where no exponent is defined.")
+        raise ArgumentError(
+            "`x` does not change over a stretch at some lag, where no exponent is defined: it is constant or repeats itself."
+        )
     off = (lags.log() - lags.log().mean())[:, None]
     slopes = (off * a.log()).sum(0) / off.square().sum()
     whole = a.mean(1)

@@ -38,7 +38,8 @@ MAY_IMPORT["diffusion"] = MAY_IMPORT["hessian"] | {"modules"}
 MAY_IMPORT["training"] = MAY_IMPORT["diffusion"] | {"diffusion"}
 MAY_IMPORT["roughness"] = {"errors", "estimate", "tensors", "tables"}
 MAY_IMPORT["family"] = {"errors", "noise", "integrate", "problem"}
-MAY_IMPORT["fit"] = {"errors", "tensors", "noise", "sde", "integrate"}
+MAY_IMPORT["transitions"] = {"errors", "tensors", "noise", "sde", "integrate"}
+MAY_IMPORT["fit"] = {"errors", "sde", "transitions", "integrate"}
 MAY_IMPORT["examples"] = MAY_IMPORT["crosscheck"] | {"estimators", "fit", "models"}
 MAY_IMPORT["plot"] = (
     MAY_IMPORT["crosscheck"]

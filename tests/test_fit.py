@@ -6,11 +6,20 @@ import pytest
 import torch
 
 from sdesens import SDE, Philox, sdeint
-from sdesens.errors import ArgumentError, ArgumentTypeError, NonFiniteError, ShapeError, UnknownParameterError
+from sdesens.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    DtypeError,
+    HighVarianceWarning,
+    NonFiniteError,
+    ShapeError,
+    UnknownParameterError,
+)
 from sdesens.examples.lynx_hare import fit_pelts, pelts, period, simulate
 from sdesens.examples.neural_sde import curves, fit_neural
-from sdesens.fit import _task, fit_transitions
+from sdesens.fit import fit_transitions
 from sdesens.models.tbill import fit_vasicek, treasury_bill_rate
+from sdesens.transitions import transitions
 
 D = torch.float64
 
@@ -62,7 +71,7 @@ def test_least_squares_of_the_treasury_bill_rate(rate, n_steps):
 
 
 def test_the_gradient_is_that_of_the_loss(rate):
-    task = _task(ou(), rate, 0.25, 2, None, 50, 0)
+    task = transitions(ou(), rate, 0.25, 2, None, 50, 0)
 
     def loss(x):
         return task.loss(dict(zip(("kappa", "m", "sigma"), x, strict=True)))
@@ -90,7 +99,7 @@ def test_standard_errors_are_the_spread_over_worlds():
 
 def test_several_series_are_not_joined(rate):
     halves = [rate[:100], rate[100:]]
-    one, two = (_task(ou(), s, 0.25, 1, None, 50, 0) for s in (rate, halves))
+    one, two = (transitions(ou(), s, 0.25, 1, None, 50, 0) for s in (rate, halves))
     assert len(one.starts) == 202
     assert len(two.starts) == 201
     assert torch.equal(two.starts, torch.cat((one.starts[:99], one.starts[100:])))
@@ -152,28 +161,113 @@ GOOD = torch.linspace(0.1, 1, 20, dtype=D)[:, None]
         ([], {}, ArgumentTypeError, "a list of them"),
         ([GOOD, GOOD.expand(20, 2)], {}, ShapeError, "one d for all"),
         (GOOD - 0.5, {"transform": torch.log}, ArgumentError, "beyond `transform` in .* rows, the first is row 0"),
-        (GOOD, {"transform": lambda y: y[:, 0]}, ShapeError, "`transform` must keep the rows"),
+        (GOOD, {"transform": lambda y: y[:, 0]}, ShapeError, "`transform` must keep the shape"),
         (GOOD, {"dt": 0.0}, ArgumentError, "`dt`"),
-        (GOOD, {"n_paths": 7}, ArgumentError, "even int, 6 or more, got 7"),
+        (GOOD, {"n_paths": 41}, ArgumentError, "even int, 40 or more, got 41"),
         (GOOD, {"wrt": ("rate",)}, UnknownParameterError, "`wrt` names 'rate'"),
         (GOOD, {"wrt": ("m", "m")}, ArgumentError, "each once"),
         (GOOD, {"wrt": ("m",), "positive": ("sigma",)}, UnknownParameterError, "`positive` names 'sigma'"),
         (GOOD, {"positive": ("m",), "sde": ou(m=-1.0)}, ArgumentError, r"starts at -1\.0: start above 0"),
         (GOOD, {"sde": ou(sigma=0.0), "wrt": ("m",)}, NonFiniteError, "not finite at the parameters"),
         (GOOD, {"sde": SDE(lambda t, y, p: t * p["a"] * y, lambda t, y, p: y, numbers(a=1.0))}, ArgumentError, "must not depend on time"),
-        (GOOD, {"sde": SDE(lambda t, y, p: (p["a"] + p["b"]) - y, lambda t, y, p: y, numbers(a=1.0, b=1.0))}, ArgumentError, "does not tell the parameters apart"),
+        (GOOD, {"sde": SDE(lambda t, y, p: p["a"] * torch.sin(6 * t) - y, lambda t, y, p: y, numbers(a=0.0))}, ArgumentError, "must not depend on time"),
+        (GOOD - 0.5, {"sde": SDE(lambda t, y, p: p["a"] - y, lambda t, y, p: y.sqrt(), numbers(a=1.0))}, NonFiniteError, "coefficients .* at 9 of the 19 starts"),
+        (GOOD.expand(20, 1) * 0 + 1, {}, ArgumentError, "never changes"),
+        (GOOD, {"transform": lambda y: torch.cat((y, y), 1)}, ShapeError, "keep the shape"),
+        (GOOD, {"transform": 3}, ArgumentTypeError, "`transform` must be a function"),
+        (GOOD, {"max_iterations": 0}, ArgumentError, "`max_iterations`"),
+        (GOOD, {"ridge": -1.0}, ArgumentError, "`ridge`"),
+        (GOOD, {"errors": "no"}, ArgumentTypeError, "`errors`"),
+        (GOOD, {"wrt": 3}, ArgumentTypeError, "`wrt` must be a name"),
+        (GOOD, {"sde": SDE(lambda t, y, p: -p["k"] * y, lambda t, y, p: y, {"k": torch.ones(())})}, DtypeError, "module.double"),
         (GOOD, {"sde": SDE(lambda t, y, p: p["a"].sum() - y, lambda t, y, p: y, {"a": torch.zeros(65, dtype=D)})}, ArgumentError, "up to 64 numbers, got 65"),
     ],
 )  # fmt: skip
 def test_what_is_refused(series, options, error, words):
-    given = {"dt": 0.1, "n_steps": 1, "n_paths": 20, "sde": ou(), **options}
+    given = {"dt": 0.1, "n_steps": 1, "n_paths": 40, "sde": ou(), **options}
     with pytest.raises(error, match=words):
         fit_transitions(given.pop("sde"), series, given.pop("dt"), **given)
 
 
 def test_it_prints():
     z = Philox(1).normals(0, 1, 0, 60, 1, dtype=D, device=torch.device("cpu"))[:, 0]
-    found = fit_transitions(ou(m=0.0), z, 0.1, n_steps=1, wrt=("m",), n_paths=20)
+    found = fit_transitions(ou(m=0.0), z, 0.1, n_steps=1, wrt=("m",), n_paths=40)
     assert "Fit to 59 transitions, log-likelihood" in repr(found)
     assert "m " in repr(found)
-    assert "NOT converged" in repr(fit_transitions(ou(), z, 0.1, n_steps=1, n_paths=20, max_iterations=1, errors=False))
+    assert "NOT converged" in repr(fit_transitions(ou(), z, 0.1, n_steps=1, n_paths=40, max_iterations=1, errors=False))
+
+
+@pytest.mark.parametrize("unit", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("positive", [(), ("k", "s")])
+def test_the_answer_knows_no_units_and_no_bad_start(unit, positive):
+    """The least squares of an autoregression, from starts where a full first step would leave the volatility at 0 or below."""
+    plain = SDE(lambda t, y, p: -p["k"] * y, lambda t, y, p: p["s"].expand_as(y), numbers(k=1.0, s=1.0))
+    y = sdeint(plain, torch.zeros(1, 1, dtype=D), [0.1 * i for i in range(201)], n_steps=200, seed=3)[:, 0]
+    q = float((y[1:] * y[:-1]).sum() / y[:-1].square().sum())
+    k, s = (1 - q) / 0.1, float((y[1:] - q * y[:-1]).square().mean().sqrt()) / math.sqrt(0.1)
+    for first in (1.0, 0.9, 100.0):
+        found = fit_transitions(
+            plain.with_params(**numbers(k=2.0, s=first * unit)),
+            unit * y,
+            0.1,
+            n_steps=1,
+            positive=positive,
+            n_paths=400,
+        )
+        assert found.converged
+        assert abs(float(found.sde.params["s"])) / unit == pytest.approx(s, rel=0.02)  # simulation: 0.1 of 5 %
+        assert abs(float(found.sde.params["k"]) - k) < 0.15 * float(found.standard_errors["k"])
+    exact = -100 * math.log(2 * math.pi * 0.1 * s**2) - 100
+    assert found.log_likelihood + 200 * math.log(unit) == pytest.approx(
+        exact, abs=4 * math.sqrt(200 / 400)
+    )  # d sqrt(K/M)
+
+
+def test_likelihoods_have_no_bias_from_sampled_variances():
+    """Means over 24 seeds of what sampled V make of the likelihood at fixed parameters, beside the exact one; 4 standard errors."""
+    plain = ou(kappa=1.0, m=0.0, sigma=1.0)
+    y = sdeint(plain, torch.zeros(1, 1, dtype=D), [0.1 * i for i in range(201)], n_steps=200, seed=3)[:, 0]
+    exact = torch.distributions.Normal(0.9 * y[:-1], math.sqrt(0.1)).log_prob(y[1:]).sum()
+    found = []
+    for seed in range(24):
+        task = transitions(plain, y, 0.1, 1, None, 60, seed)
+        found.append(-task.loss(plain.params) + 200 * task.log_det_bias / 2 - 100 * math.log(2 * math.pi) - exact)
+    found = torch.stack(found)
+    assert abs(float(found.mean())) < 4 * float(found.std()) / math.sqrt(24)
+    assert 100 * abs(task.log_det_bias) > 4 * float(found.std()) / math.sqrt(
+        24
+    )  # negative control: without the correction
+
+
+def test_parameters_that_are_not_told_apart_have_no_errors():
+    both = SDE(lambda t, y, p: (p["a"] + p["b"]) - y, lambda t, y, p: torch.ones_like(y), numbers(a=1.0, b=1.0))
+    with pytest.warns(HighVarianceWarning, match="does not tell the parameters apart"):
+        found = fit_transitions(both, GOOD, 0.1, n_steps=1, n_paths=40)
+    assert found.covariance is None
+    assert found.converged
+
+
+def test_the_callers_module_is_left_alone():
+    net = torch.nn.Linear(1, 1).double()
+
+    class Model(torch.nn.Module):
+        noise_type, sde_type = "diagonal", "ito"
+
+        def __init__(self):
+            super().__init__()
+            self.net, self.noise = net, torch.nn.Parameter(torch.ones((), dtype=D))
+
+        def f(self, t, y):
+            return self.net(y)
+
+        def g(self, t, y):
+            return self.noise.expand_as(y)
+
+    before = [p.detach().clone() for p in net.parameters()]
+    z = Philox(1).normals(0, 1, 0, 60, 1, dtype=D, device=torch.device("cpu"))[:, 0]
+    with torch.no_grad():
+        found = fit_transitions(Model(), z, 0.1, n_steps=1, wrt="net.*", n_paths=40)
+    assert found.names == ("net.weight", "net.bias")
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    assert not any(p.requires_grad for p in found.sde.params.values())
+    assert found.sde.params["noise"].data_ptr() != Model().noise.data_ptr()

@@ -12,7 +12,7 @@ mpl.use("Agg")
 
 from sdesens import Estimate, crosscheck, plot
 from sdesens.diffusion import EDM, VP
-from sdesens.errors import ArgumentError
+from sdesens.errors import ArgumentError, ShapeError
 from sdesens.estimators import Bernoulli, compare, variance_study
 from sdesens.estimators.exact import normal_variances
 from sdesens.family import chebyshev_points, family
@@ -118,6 +118,10 @@ def test_a_family_is_drawn_with_its_tangents():
     np.testing.assert_array_equal(right.lines[0].get_ydata(), found.F[:, 0])
     x, y = right.lines[1].get_data()
     assert (y[-1] - y[0]) / (x[-1] - x[0]) == pytest.approx(slopes[0])
+    with pytest.raises(ArgumentError, match="`at` must lie among"):
+        plot.family(found, at=5.0)
+    with pytest.raises(ArgumentError, match="one number a path, 2, got 1"):
+        plot.family(found, at=0.3, slopes=[1.0])
     with pytest.raises(ArgumentError, match="states of one number"):
         plot.family(replace(found, ys=found.ys.expand(*found.ys.shape[:3], 2)), at=0.3)
 
@@ -154,6 +158,8 @@ def test_a_fitted_series_lies_over_its_bands():
     assert (band.min(), band.max()) == pytest.approx((5.0, 95.0))
     np.testing.assert_array_equal(axes[1].lines[-1].get_ydata(), data[:, 1])
     assert axes[1].get_ylabel() == "b, m"
+    with pytest.raises(ShapeError, match=r"got data .4, 2., 4 times, 1 names"):
+        plot.fitted_series([0, 1, 2, 3], data, paths, names=("a",))
     x = torch.linspace(0, 1, 5)
     ax = plot.band(x, x, x - 1, x + 1, label="x")
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), x)

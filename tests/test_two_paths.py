@@ -1,6 +1,7 @@
 """Roughness in time and in a parameter, families of paths of one noise, and the draw beside the path."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,13 +86,26 @@ def test_what_families_and_roughness_refuse(brownian):
             ArgumentError,
             "Chebyshev points",
         ),
+        (lambda: family(problem, "*", [0.1, 0.2]), ShapeError, "one parameter of one number"),
+        (lambda: family(problem, "t1", [0.1, 0.2]), ArgumentError, "name of one parameter"),
+        (lambda: family(problem, "sigma", [0.1, 0.2], n_paths=0), ArgumentError, "`n_paths`"),
+        (
+            lambda: family(replace(problem, functional=lambda ys, p: ys[-1]), "sigma", [0.1, 0.2]),
+            ShapeError,
+            "one number a path",
+        ),
+        (lambda: chebyshev_points(0.0, math.inf, 3), ArgumentError, "both finite"),
+        (lambda: chebyshev_points(0.0, 1.0, 0), ArgumentError, "`n`"),
+        (lambda: roughness(brownian, math.inf), ArgumentError, "`distance`"),
+        (lambda: roughness(1e200 * brownian, 1.0), ArgumentError, "overflow"),
+        (lambda: roughness(brownian, 1.0, n_lags=30_000), ArgumentError, "`n_lags`"),
         (lambda: chebyshev_points(1.0, 1.0, 3), ArgumentError, "below `high`"),
         (lambda: roughness(brownian[:-1], 1.0), ShapeError, "a multiple of 2048"),
         (lambda: roughness(brownian[:257], 1.0), ShapeError, "at least 32768"),
         (lambda: roughness([0.0, 1.0], 1.0), ArgumentTypeError, "got list"),
         (lambda: roughness(brownian, 0.0), ArgumentError, "`distance`"),
         (lambda: roughness(brownian / 0, 1.0), ArgumentError, "NaN"),
-        (lambda: roughness(0 * brownian, 1.0), ArgumentError, "constant over a stretch"),
+        (lambda: roughness(0 * brownian, 1.0), ArgumentError, "does not change over a stretch"),
         (lambda: roughness(brownian, 1.0, n_lags=1), ArgumentError, "`n_lags`"),
         (
             lambda: draw_problem(VP(), lambda x: x[:, 0], torch.ones(1, dtype=D), 2.0),

@@ -79,7 +79,7 @@ def fit_pelts(series: Tensor, start: Mapping[str, float] = START, *, n_paths: in
 
     Example
     -------
-    >>> fit = fit_pelts(pelts(), n_paths=20)
+    >>> fit = fit_pelts(pelts(), n_paths=60)
     >>> fit.converged, 0.3 < float(fit.sde.params["alpha"]) < 0.8
     (True, True)
     """

@@ -79,7 +79,7 @@ def fit_neural(
     -------
     >>> from sdesens.models.tbill import treasury_bill_rate
     >>> rate = torch.tensor(treasury_bill_rate())[:, None]
-    >>> fit = fit_neural(rate, 0.25, n_paths=20, max_iterations=3)
+    >>> fit = fit_neural(rate, 0.25, n_paths=40, max_iterations=3)
     >>> curves(fit, rate[:2]).volatility.shape
     torch.Size([2])
     """

@@ -67,6 +67,12 @@ def family(found: Family, *, at: float, slopes: Sequence[float] | None = None, s
     """
     if found.ys.dim() != 4 or found.ys.shape[3] != 1:
         raise ArgumentError(f"`found` must have states of one number, got ys of shape {tuple(found.ys.shape)}.")
+    if not float(found.values[0]) <= at <= float(found.values[-1]):
+        raise ArgumentError(
+            f"`at` must lie among the values, {float(found.values[0]):g} ... {float(found.values[-1]):g}, got {at!r}."
+        )
+    if slopes is not None and len(slopes) != found.F.shape[1]:
+        raise ArgumentError(f"`slopes` must have one number a path, {found.F.shape[1]}, got {len(slopes)}.")
     left, right = new_axes(axes, 2)
     picked = torch.linspace(0, len(found.values) - 1, shown).round().long().tolist()
     for k, i in enumerate(picked):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdesens.errors import ShapeError
 from sdesens.plot.common import new_axes
 
 
@@ -36,7 +37,18 @@ def fitted_series(
     -------
     The Axes.
     """
-    axes = new_axes(axes, data.shape[1])
+    T, d = data.shape
+    if (
+        paths.dim() != 3
+        or (paths.shape[0], paths.shape[2]) != (T, d)
+        or paths.shape[1] < 2
+        or (len(times), len(names)) != (T, d)
+    ):
+        raise ShapeError(
+            f"data (T, d) need T times, d names and two or more paths (T, B, d), got data {tuple(data.shape)}, {len(times)} times, {len(names)} names, "
+            f"paths {tuple(paths.shape)}."
+        )
+    axes = new_axes(axes, d)
     levels = torch.tensor([0.05, 0.25, 0.75, 0.95], dtype=paths.dtype)
     for i, (ax, name) in enumerate(zip(axes, names, strict=True)):
         low, lower, upper, high = torch.quantile(paths[:, :, i], levels, dim=1)
