@@ -17,7 +17,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-notebooks: $(READY)  ## execute the notebooks and save them with their outputs (five minutes)
+notebooks: $(READY)  ## execute the notebooks and save them with their outputs (three minutes)
 	$(BIN)/python notebooks/build.py
 
 bars: $(READY)  ## the accuracy claims of docs/accuracy.md at full size (half an hour)
