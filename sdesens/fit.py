@@ -25,7 +25,6 @@ Reference: H. White, Econometrica 50 (1982) 1, estimates by a normal likelihood 
 A. Pedersen, Scand. J. Statist. 22 (1995) 55, transitions by simulation.
 """
 
-import fnmatch
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from sdesens.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnknownParameterError
-from sdesens.sde import SDE, as_sde
+from sdesens.sde import SDE, as_sde, matching
 from sdesens.transitions import split, transitions
 
 MOST_WITH_ERRORS = 64  # parameters
@@ -263,7 +262,7 @@ def _names(sde: SDE, wrt, positive) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if not isinstance(patterns, list | tuple) or not all(isinstance(p, str) for p in patterns):
             raise ArgumentTypeError(f"`{what}` must be a name or a tuple of names, got {given!r:.60}.")
         known = found[0] if among is None else among
-        matched = [fnmatch.filter(known, p) for p in patterns]
+        matched = [matching(p, known) for p in patterns]
         if (missing := [p for p, m in zip(patterns, matched, strict=True) if not m]) and (known or among is None):
             raise UnknownParameterError(f"`{what}` names {missing[0]!r}, which is none of {', '.join(known)}.")
         found.append(tuple(name for m in matched for name in m))

@@ -6,7 +6,6 @@ theta is a choice of parameters of the SDE, the initial state ("y0") and the hor
 question and checks its form; it computes nothing.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -25,7 +24,7 @@ from sdesens.errors import (
     ShapeError,
     UnknownParameterError,
 )
-from sdesens.sde import RESERVED, SDE, Params, check_dtype, check_function
+from sdesens.sde import RESERVED, SDE, Params, check_dtype, check_function, matching
 from sdesens.tensors import concrete
 
 Theta = Mapping[str, Tensor]
@@ -142,10 +141,9 @@ class Problem:
 
     def _named(self, name) -> list:
         """A name, or the parameters that a pattern names."""
-        if not isinstance(name, str) or "*" not in name or name in self.sde.params:
+        if not isinstance(name, str) or "*" not in name:
             return [name]
-        pattern = ".*".join(map(re.escape, name.split("*")))
-        found = [known for known in self.sde.params if re.fullmatch(pattern, known)]
+        found = matching(name, tuple(self.sde.params))
         if not found:
             raise UnknownParameterError(
                 f"`wrt` has the pattern {name!r}, and no parameter fits: there are {_some(tuple(self.sde.params))}."

@@ -20,7 +20,8 @@ Shapes: y is (B, *event), paths first. What `diffusion` returns depends on `nois
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -139,6 +140,14 @@ class SDE:
                     "keeps shapes; make a new SDE to change them."
                 )
         return replace(self, params={**self.params, **params})
+
+
+def matching(name: str, known: Sequence[str]) -> list[str]:
+    """The parameters that a name, or a pattern such as "net.*", means; only * stands for something else than itself."""
+    if name in known:
+        return [name]
+    pattern = ".*".join(map(re.escape, name.split("*")))
+    return [k for k in known if re.fullmatch(pattern, k)]
 
 
 def noise_product(sde: SDE, g: Tensor, dW: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from sdesens.tensors import describe
 
 D = torch.float64
 SINGULAR = 1e-10  # of an information matrix with ones on its diagonal
-MOMENTS = (0.0, 0.36788, 0.70711)  # of an interval, where a dependence on time would show
+INSTANTS = (0.0, 0.36788, 0.70711)  # of an interval, where a dependence on time would show
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +125,7 @@ def _check_time(sde: SDE, y: Tensor, dt: float) -> None:
     near = {k: 1.1 * v.detach() + 0.01 for k, v in sde.params.items()}
     for p in (sde.params, near):
         for coefficient in (sde.drift, sde.diffusion):
-            values = [coefficient(torch.tensor(s * dt, dtype=D), y, p) for s in MOMENTS]
+            values = [coefficient(torch.tensor(s * dt, dtype=D), y, p) for s in INSTANTS]
             if (
                 bad := (~torch.isfinite(values[0])).flatten(1).any(1).nonzero().flatten().tolist()
                 if p is sde.params

@@ -39,7 +39,7 @@ MAY_IMPORT["training"] = MAY_IMPORT["diffusion"] | {"diffusion"}
 MAY_IMPORT["roughness"] = {"errors", "estimate", "tensors", "tables"}
 MAY_IMPORT["family"] = {"errors", "noise", "integrate", "problem"}
 MAY_IMPORT["transitions"] = {"errors", "tensors", "noise", "sde", "integrate"}
-MAY_IMPORT["fit"] = {"errors", "sde", "transitions", "integrate"}
+MAY_IMPORT["fit"] = {"errors", "sde", "transitions"}
 MAY_IMPORT["examples"] = MAY_IMPORT["crosscheck"] | {"estimators", "fit", "models"}
 MAY_IMPORT["plot"] = (
     MAY_IMPORT["crosscheck"]

@@ -23,6 +23,7 @@ from sdesens.training.ranks import choose_device
 from sdesens.training.report import level_table, make_report, table
 from sdesens.training.run import open_run
 from sdesens.training.samples import draw_samples
+from sdesens.training.snapshot import step_of
 from sdesens.training.steer import Round
 from sdesens.training.steer_objective import LinearReward, Reward
 from sdesens.training.steer_run import steer_run
@@ -82,8 +83,8 @@ def train(
     try:
         run = train_run(config, path, device=device, tensorboard=tensorboard, progress=not quiet, picture=_picture)
     except KeyboardInterrupt:
-        saved = [int(p.name.removeprefix("step-")) for p in checkpoints(path / "checkpoints")]
-        there = f"goes on from step {max(saved)}" if saved else "begins anew, as no checkpoint was reached"
+        saved = checkpoints(path / "checkpoints")
+        there = f"goes on from step {step_of(saved[-1])}" if saved else "begins anew, as no checkpoint was reached"
         print(f"\nsdesens: stopped; the same command {there}.", file=sys.stderr)
         raise typer.Exit(130) from None
     if with_report and os.environ.get("RANK", "0") == "0":  # of several processes, the first

@@ -29,7 +29,19 @@ def new_figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
+def look(i: int, **more: Any) -> dict[str, Any]:
+    """The i-th of several lines: its own colour, style and open marker."""
+    style = {"color": f"C{i}", "linestyle": LINES[i % len(LINES)], "marker": MARKERS[i % len(MARKERS)]}
+    return {**style, "markerfacecolor": "none", **more}
+
+
+def one_axes(axes: Any) -> Any:
+    """The Axes given, or new ones."""
+    return axes if axes is not None else new_axes(None, 1)[0]
+
+
 def new_axes(axes: Any, shape: int | tuple[int, int]) -> Any:
+    """The Axes given, or a row or a table of new ones."""
     if axes is not None:
         return axes
     import matplotlib.pyplot as plt

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from sdesens.errors import ArgumentError
 from sdesens.family import Family
-from sdesens.plot.common import LINES, MARKERS, new_axes
+from sdesens.plot.common import LINES, look, new_axes, one_axes
 from sdesens.roughness import Roughness
 
 
@@ -32,15 +33,8 @@ def roughness(found: Mapping[str, Roughness], *, axes: Any = None) -> Any:
     )
     for ax, (label, name) in zip(axes, parts, strict=True):
         for i, (key, r) in enumerate(found.items()):
-            look = {
-                "color": f"C{i}",
-                "linestyle": LINES[i % 6],
-                "marker": MARKERS[i % 6],
-                "markerfacecolor": "none",
-                "markersize": 5,
-            }
             text = f"{key}: slope {float(r.exponent.mean):.3f}" if name == "increments" else key
-            ax.loglog(r.lags, getattr(r, name), **look, label=text)
+            ax.loglog(r.lags, getattr(r, name), **look(i, markersize=5), label=text)
         ax.set(xlabel="lag h, in the argument's unit", ylabel=label)
     axes[0].legend(fontsize="small")
     return axes
@@ -84,17 +78,11 @@ def family(found: Family, *, at: float, slopes: Sequence[float] | None = None, s
         right.plot(found.values, found.F[:, b], color=f"C{b}", linestyle=LINES[b % 6], linewidth=1.2)
         if slopes is not None:
             middle = torch.tensor([at - half, at, at + half])
-            height = float(torch.from_numpy(_interpolated(found, b, at)))
+            height = float(np.interp(at, found.values.numpy(), found.F[:, b].numpy()))
             right.plot(middle, height + float(slopes[b]) * (middle - at), color="k", linewidth=2.2, alpha=0.7)
             right.plot([at], [height], "ko", markersize=4)
     right.set(xlabel=found.name, ylabel=f"F({found.name}; noise)", title=f"each noise, {found.name} moving: smooth")
     return left, right
-
-
-def _interpolated(found: Family, path: int, at: float):
-    import numpy as np
-
-    return np.asarray(np.interp(at, found.values.numpy(), found.F[:, path].numpy()))
 
 
 def coefficients(found: Mapping[str, Sequence[float]], *, axes: Any = None) -> Any:
@@ -109,17 +97,10 @@ def coefficients(found: Mapping[str, Sequence[float]], *, axes: Any = None) -> A
     -------
     Axes
     """
-    ax = axes if axes is not None else new_axes(None, 1)[0]
+    ax = one_axes(axes)
     for i, (name, c) in enumerate(found.items()):
         sizes = [max(abs(float(v)), 1e-17) for v in c]
-        look = {
-            "marker": MARKERS[i % 6],
-            "linestyle": LINES[i % 6],
-            "color": f"C{i}",
-            "markersize": 4,
-            "markerfacecolor": "none",
-        }
-        ax.semilogy(range(len(sizes)), sizes, **look, label=name)
+        ax.semilogy(range(len(sizes)), sizes, **look(i, markersize=4), label=name)
     ax.set(xlabel="degree k", ylabel="|Chebyshev coefficient|")
     ax.legend(fontsize="small")
     return ax

@@ -7,7 +7,7 @@ import torch
 
 from sdesens.diffusion.schedule import Schedule
 from sdesens.noise import Philox
-from sdesens.plot.common import LINES, MARKERS, new_axes
+from sdesens.plot.common import LINES, MARKERS, look, new_axes, one_axes
 
 
 def schedules(found: Mapping[str, Schedule], *, axes: Any = None) -> Any:
@@ -72,10 +72,9 @@ def sampler_errors(found: Mapping[str, Sequence[tuple[float, float]]], *, axes: 
     -------
     Axes
     """
-    ax = axes if axes is not None else new_axes(None, 1)[0]
+    ax = one_axes(axes)
     for i, (name, points) in enumerate(found.items()):
-        look = {"color": f"C{i}", "linestyle": LINES[i % 6], "marker": MARKERS[i % 6], "markerfacecolor": "none"}
-        ax.loglog(*zip(*points, strict=True), **look, label=name)
+        ax.loglog(*zip(*points, strict=True), **look(i), label=name)
     places = sorted({n for points in found.values() for n, _ in points})
     ax.set_xticks(places, [f"{n:g}" for n in places])
     ax.set_xticks([], minor=True)

@@ -10,7 +10,7 @@ from sdesens.estimate import Estimate
 from sdesens.estimators.compare import Comparison
 from sdesens.estimators.exact import Exact, normal_variances
 from sdesens.estimators.study import COSTS, Study, at
-from sdesens.plot.common import LINES, MARKERS, new_axes, new_figure
+from sdesens.plot.common import look, new_axes, new_figure, one_axes
 
 ESTIMATOR_STYLES = {
     "pathwise": ("C0", "o", "-"),
@@ -50,8 +50,8 @@ def variance_study(study: Study, *, axes: Any = None) -> Any:
             curve = [(k, by[parameter].variance[method]) for k, by in exact[cost] if by[parameter].variance[method] > 0]
             sampled = [(p.k, p.variance[method]) for p in points if p.exact.variance[method] > 0]
             ax.plot(*zip(*curve, strict=True), color=color, linestyle=line, linewidth=1.2, label=f"{method}, exact")
-            look = {"color": color, "marker": marker, "linestyle": "", "markersize": 4.5, "markerfacecolor": "none"}
-            ax.plot(*zip(*sampled, strict=True), **look, label="sampled")
+            marks = {"color": color, "marker": marker, "linestyle": "", "markersize": 4.5, "markerfacecolor": "none"}
+            ax.plot(*zip(*sampled, strict=True), **marks, label="sampled")
         ax.set_yscale("log")
         if min(ks) > 0:
             ax.set_xscale("log")
@@ -116,8 +116,8 @@ def comparison(found: Comparison, parameter: str, *, axes: Any = None) -> Any:
     left.set(xlabel=f"d/d {parameter}, with 95 % intervals", title=f"estimates{refused}")
     for place, row in zip(places, rows, strict=True):
         if row["variance_x_time"] > 0:
-            look = {"marker": "s", "color": "C0", "markerfacecolor": "none" if row["biased"] else "C0"}
-            right.plot(1e6 * row["variance_x_time"], place, **look)
+            marks = {"marker": "s", "color": "C0", "markerfacecolor": "none" if row["biased"] else "C0"}
+            right.plot(1e6 * row["variance_x_time"], place, **marks)
         else:
             right.annotate(
                 "no variance", (0.02, place), xycoords=("axes fraction", "data"), va="center", fontsize="small"
@@ -162,12 +162,11 @@ def estimates(
     -------
     Axes
     """
-    ax = axes if axes is not None else new_axes(None, 1)[0]
+    ax = one_axes(axes)
     for i, (name, rows) in enumerate(found.items()):
         middle = [float(e.mean) for e in rows]
         half = [float(e.confidence_interval().high - e.mean) for e in rows]
-        look = {"color": f"C{i}", "linestyle": LINES[i % 6], "marker": MARKERS[i % 6], "markerfacecolor": "none"}
-        ax.errorbar(x, middle, yerr=half, capsize=3, linewidth=1.0, **look, label=name)
+        ax.errorbar(x, middle, yerr=half, capsize=3, linewidth=1.0, **look(i), label=name)
     if exact is not None:
         ax.axhline(exact, color="0.4", linewidth=0.8, label="exact")
     ax.set(xlabel=xlabel, ylabel="estimate, 95 % interval")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdesens.errors import ShapeError
-from sdesens.plot.common import new_axes
+from sdesens.plot.common import new_axes, one_axes
 
 
 def fitted_series(
@@ -82,7 +82,7 @@ def band(
     -------
     Axes
     """
-    ax = axes if axes is not None else new_axes(None, 1)[0]
+    ax = one_axes(axes)
     ax.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
     ax.plot(x, middle, color=color, linestyle=line, label=label)
     return ax

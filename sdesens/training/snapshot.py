@@ -214,5 +214,6 @@ def intact(path: Path) -> bool:
 
 
 def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 for another name."""
     name = COUNTS.fullmatch(path.name)
     return int(name[1]) if name else -1

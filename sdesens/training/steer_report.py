@@ -120,8 +120,13 @@ def moments(denoiser: Predictor, sampling: Sampling, reward: Reward, *, n: int =
 def many(denoiser: Predictor, sampling: Sampling, n: int, seed: int = 0) -> Tensor:
     """Samples (n, *event) that are not drawn all at once; the numbers are those of one draw."""
     whole("n", n, 2, hint="it is a number of samples")
-    size, noise = max(1, AT_ONCE // (256 * math.prod(sampling.event))), Philox(seed)
+    size, noise = _block(sampling), Philox(seed)
     return torch.cat([sampling.draw(denoiser, min(size, n - k), noise, k) for k in range(0, n, size)])
+
+
+def _block(sampling: Sampling) -> int:
+    """How many samples are drawn together."""
+    return max(1, AT_ONCE // (256 * math.prod(sampling.event)))
 
 
 def moments_of(x: Tensor, reward: Reward) -> Steered:
@@ -224,7 +229,7 @@ def predicted(
     noise = Philox(seed)
     starts = sampling.begin(base, n_starts, Philox(seed, STARTS))
     starts = torch.stack((starts, -starts), 1).flatten(0, 1).repeat_interleave(n_each, 0)
-    size = max(1, AT_ONCE // (256 * math.prod(sampling.event)))
+    size = _block(sampling)
     x = torch.cat([sampling.go_on(base, starts[k : k + size], noise, k) for k in range(0, len(starts), size)])
     rewards = _finite(rewarded(reward, x)).reshape(n_starts, 2, n_each)
     v = torch.softmax(rewards, 2)
